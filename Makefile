@@ -1,0 +1,34 @@
+# The commands people type. Each does all its own set-up; none needs more than Python 3.11+ and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup train test test-slow lint clean
+
+help:  ## This list.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(VENV)/installed  ## Makes .venv and installs requirements.txt into it.
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+train: setup  ## Trains on the embedded digits into runs/digits.
+	$(BIN)/python main.py --config=configs/digits.py --workdir=runs/digits
+
+test: setup lint  ## Lints, then runs the whole suite.
+	$(BIN)/python -m pytest -n 2
+
+test-slow: setup  ## Runs the tests that take minutes.
+	$(BIN)/python -m pytest -n 2 -m slow
+
+lint: setup  ## Checks style and format.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## Removes .venv and what the tests and the linter cached; never a run.
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,101 @@
+"""Every field of a run, once, with its unit and meaning. A recipe changes a few of them and says why.
+
+A duration is a string with its unit: '70 epochs', '500 steps' (weight updates), '50000 examples' or '20 %'
+(of the whole run). A field that the chosen options never read (say, optimizer.rms_decay under LARS) must keep
+its value from here: changing it is an error, because it would change nothing.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the full set of fields with neutral values, locked: a mistyped field is an error."""
+    config = ml_collections.ConfigDict()
+
+    config.seed = 0  # of initial weights, order of examples, augmentation, dropout and rounding
+
+    # What is trained on.
+    config.dataset = 'digits'  # 'digits' (embedded), 'folder', or any TFDS name: 'cifar10', 'imagenet2012', …
+    config.image_size = 224  # pixels a side, after cropping and resizing
+    config.input = ml_collections.ConfigDict()
+    config.input.dir = ''  # TFDS folder ('' = ~/tensorflow_datasets), or the folder with <split>/<class>/<image>
+    config.input.train_split = 'train'  # TFDS split syntax works: 'train[:90%]'
+    config.input.test_split = 'test'
+    config.input.prefetch = 3  # batches fetched ahead, on the host and again on the device
+    config.input.damaged_limit = 100  # damaged images that are named and skipped before the run stops
+
+    # How long, and in which portions. global_batch = micro_batch × replicas × accumulation count (derived).
+    config.epochs = 350.0  # passes over the training split; updates = floor(examples · epochs / global_batch)
+    config.steps = 0  # weight updates; above 0 it takes the place of `epochs`
+    config.global_batch = 768  # examples a weight update
+    config.micro_batch = 32  # examples a replica computes at once
+    config.replicas = 0  # copies of the model, one a device; 0 = as many as there are devices
+    config.stages = 1  # devices one copy of the model is spread over
+    config.splits = ()  # first block of every stage but the first, such as ('block4a',)
+
+    config.model = ml_collections.ConfigDict()
+    config.model.variant = 'b0'  # b0 … b7: width, depth and dropout
+    config.model.width = 0.0  # channel multiplier; 0 = the variant's
+    config.model.depth = 0.0  # repeat multiplier; 0 = the variant's
+    config.model.stem_stride = 2  # 1 keeps small images (32 pixels and less) from vanishing
+    config.model.group_size = 16  # channels a group in the spatial convolutions: 1 (depthwise), 4, 16
+    config.model.expand_ratio = 0  # of MBConv; 0 = 6, 5, 4 for group sizes 1, 4, 16
+    config.model.norm = 'group'  # 'group', 'batch', or 'layer_proxy' (layer norm + proxy norm)
+    config.model.norm_groups = 4  # groups of 'group'
+    config.model.norm_layout = 'strided'  # of 'group': channel c in group c mod groups; or 'contiguous'
+    config.model.norm_epsilon = 1e-3  # added to the variance
+    config.model.batch_norm_decay = 0.97  # of the running statistics, applied once a weight update
+    config.model.padding = 'same'  # TensorFlow's; 'symmetric' is PyTorch's
+    config.model.dropout = -1.0  # before the classifier; -1 = the variant's
+    config.model.survival = 0.8  # of the last block under stochastic depth; the first always survives
+    config.model.conv_method = 'auto'  # formulation of the grouped convolution, see efficientnet/convolution.py
+
+    config.precision = ml_collections.ConfigDict()
+    config.precision.policy = '16.16'  # compute.master: 32.32, bf16.32, 16.32, 16.16, bf16.16
+    config.precision.rounding = 'stochastic'  # of 16-bit weights and optimizer state; or 'nearest'
+    config.precision.loss_scale = 'static'  # or 'dynamic': halved on overflow, doubled every 2000 good updates
+    config.precision.initial_loss_scale = 128.0  # a power of two
+    config.precision.max_skipped = 20  # non-finite updates in a row that stop the run
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = 'lars'  # 'lars', 'rmsprop', 'sgd'
+    config.optimizer.rate_per_example = 2.0**-9.5  # peak learning rate = this × global_batch
+    config.optimizer.momentum = 0.885
+    config.optimizer.nesterov = False  # 'lars', 'sgd'
+    config.optimizer.weight_decay = 2.5e-6  # not applied to norms and biases
+    config.optimizer.trust_coefficient = 0.001  # 'lars': η
+    config.optimizer.epsilon = 0.0  # 'lars': in the trust ratio; 'rmsprop': inside the square root
+    config.optimizer.rms_decay = 0.953125  # 'rmsprop'
+
+    config.schedule = ml_collections.ConfigDict()
+    config.schedule.kind = 'polynomial'  # 'polynomial', 'exponential', 'cosine', 'constant'
+    config.schedule.warmup = '0 epochs'  # linear, from zero
+    config.schedule.end_ratio = 1e-5  # 'polynomial', 'cosine': last rate ÷ peak
+    config.schedule.power = 2.0  # 'polynomial'
+    config.schedule.decay_rate = 0.97  # 'exponential': factor of one drop
+    config.schedule.decay_every = '2.4 epochs'  # 'exponential': between two drops
+
+    config.augment = ml_collections.ConfigDict()
+    config.augment.crop = 'distorted'  # 'distorted' (Inception's, for photographs), 'pad' (small images), 'none'
+    config.augment.pad = 4  # pixels each side under 'pad'
+    config.augment.flip = True  # left-right, half the time
+    config.augment.mean = (123.68, 116.78, 103.94)  # RGB, subtracted on the device
+    config.augment.std = (1.0, 1.0, 1.0)  # RGB, divided by on the device; the reference doesn't
+    config.augment.label_smoothing = 0.1  # ε: the label gets 1 − ε, every other class ε/(classes − 1)
+
+    # Averages of the weights are evaluated beside the weights, never instead of them.
+    config.averaging = ml_collections.ConfigDict()
+    config.averaging.epoch_decay = 0.97  # of the average over epochs' ends, as the reference; 0 = none
+    config.averaging.update_decay = 0.0  # of the exponential average over updates, such as 0.9999; 0 = none
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every = '1 epochs'
+    config.checkpoint.keep = 2  # newest checkpoints kept, besides the best by test accuracy
+
+    config.evaluation = ml_collections.ConfigDict()
+    config.evaluation.every = '1 epochs'
+    config.evaluation.batch = 100  # examples a device
+
+    config.log_every = '20 steps'  # between two progress lines and rows of metrics.csv
+
+    return config.lock()

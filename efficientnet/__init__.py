@@ -1,0 +1,1 @@
+"""EfficientNets trained at scale: the model, its numerics, and the grid of devices it runs on."""

@@ -1,0 +1,265 @@
+"""From a config to the parts of a run. All checks that need no computing happen here, before any starts."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+
+import input_pipeline
+from efficientnet import random_keys, scaling
+from efficientnet.durations import to_steps
+from efficientnet.errors import ConfigError
+from efficientnet.grid import Grid
+from efficientnet.layout import make_layout
+from efficientnet.loss_scale import LossScale
+from efficientnet.model import EfficientNet
+from efficientnet.optimizers import make_optimizer
+from efficientnet.precision import policy as policy_of
+from efficientnet.schedules import warmup_schedule
+from efficientnet.settings import Fields, check_known, check_used
+from efficientnet.update import TrainState, UpdateRule, init_state
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of, checked against each other; nothing has been computed yet."""
+
+    config: ml_collections.ConfigDict  # as given, with the number of replicas filled in
+    train_source: input_pipeline.Source
+    test_source: input_pipeline.Source
+    grid: Grid
+    model: EfficientNet
+    optimizer: optax.GradientTransformation
+    rule: UpdateRule
+    total_steps: int
+    evaluate_every: int  # steps; 0 = only at the end
+    checkpoint_every: int
+    log_every: int
+
+    def init_variables(self) -> Tree:
+        """Draws the initial weights: {'params': …, 'batch_stats': …}, fp32, from the seed alone."""
+        size = self.config.image_size
+        images = jax.ShapeDtypeStruct((1, size, size, 3), self.rule.policy.compute)
+        key = random_keys.purpose_key(self.config.seed, 'weights')
+        init = functools.partial(self.model.init, train=False)
+        return jax.jit(lambda key: init(key, jax.numpy.zeros(images.shape, images.dtype)))(key)
+
+    def init_state(self) -> TrainState:
+        """Returns the state before the first update."""
+        return jax.jit(lambda variables: init_state(variables, self.optimizer, self.rule))(self.init_variables())
+
+    def state_shapes(self) -> TrainState:
+        """Returns the shapes and dtypes of the state without computing it."""
+        return jax.eval_shape(self.init_state)
+
+    def train_batches(self, position: int) -> Any:
+        """Yields host batches from a position in the endless stream of training examples."""
+        c = self.config
+        return input_pipeline.train_batches(
+            self.train_source,
+            image_size=c.image_size,
+            global_batch=c.global_batch,
+            num_batches=self.total_steps,
+            seed=c.seed,
+            start_batch=position,
+            crop=c.augment.crop,
+            pad=c.augment.pad if c.augment.crop == 'pad' else 0,
+            flip=c.augment.flip,
+            prefetch=c.input.prefetch,
+            damaged_limit=c.input.damaged_limit,
+        )
+
+    def evaluation_batches(self) -> Any:
+        """Yields host batches of the test split, padded and masked."""
+        c = self.config
+        return input_pipeline.evaluation_batches(
+            self.test_source,
+            image_size=c.image_size,
+            batch=c.evaluation.batch * len(self.grid.devices),
+            damaged_limit=c.input.damaged_limit,
+        )
+
+
+def assemble(config: ml_collections.ConfigDict) -> Parts:
+    """Builds and checks the parts of a run.
+
+    Raises:
+        ConfigError: A field is unknown, unused, out of range or at odds with another.
+        DataError: A dataset is missing or unusable.
+    """
+    check_known(config)
+    fields = Fields(config)
+    _check_ranges(fields)
+    layout = make_layout(
+        global_batch=fields.global_batch,
+        micro_batch=fields.micro_batch,
+        replicas=fields.replicas,
+        stages=fields.stages,
+        splits=tuple(fields.splits),
+        devices=jax.device_count(),
+    )
+    policy = policy_of(fields.precision.policy)
+    train_source, test_source = _open_sources(fields)
+    model = _make_model(fields.model, len(train_source.classes), policy.compute)
+
+    steps_of = functools.partial(to_steps, num_examples=train_source.num_examples, global_batch=layout.global_batch)
+    total_steps = fields.steps or steps_of('epochs', f'{fields.epochs} epochs', total_steps=None)
+    if total_steps < 1:
+        raise ConfigError(
+            f'epochs={fields.epochs} of {train_source.num_examples} examples is less than one update of '
+            f'global_batch={layout.global_batch}; raise epochs or lower global_batch'
+        )
+    steps_of = functools.partial(steps_of, total_steps=total_steps)
+    schedule = _make_schedule(fields, steps_of, total_steps)
+    optimizer = _make_optimizer(fields, schedule, policy)
+    rule = UpdateRule(
+        policy=policy,
+        loss_scale=LossScale(fields.precision.loss_scale, fields.precision.initial_loss_scale),
+        learning_rate=schedule,
+        mean=tuple(fields.augment.mean),
+        std=tuple(fields.augment.std),
+        label_smoothing=fields.augment.label_smoothing,
+        batch_norm_decay=fields.model.batch_norm_decay if fields.model.norm == 'batch' else 0.0,
+        update_decay=fields.averaging.update_decay,
+        epoch_decay=fields.averaging.epoch_decay,
+    )
+    resolved = config.copy_and_resolve_references()
+    with resolved.unlocked():
+        resolved.replicas = layout.replicas
+    parts = Parts(
+        config=resolved.lock(),
+        train_source=train_source,
+        test_source=test_source,
+        grid=Grid(layout),
+        model=model,
+        optimizer=optimizer,
+        rule=rule,
+        total_steps=total_steps,
+        evaluate_every=steps_of('evaluation.every', fields.evaluation.every),
+        checkpoint_every=steps_of('checkpoint.every', fields.checkpoint.every),
+        log_every=steps_of('log_every', fields.log_every),
+    )
+    _check_input(fields, parts)
+    check_used(fields)
+    return parts
+
+
+def _check_ranges(fields: Fields) -> None:
+    """Raises ConfigError for numbers that no part further on would name by their field."""
+    for name, value, low, high in (
+        ('epochs', fields.epochs, 0.0, math.inf),
+        ('steps', fields.steps, 0, math.inf),
+        ('image_size', fields.image_size, 1, math.inf),
+        ('evaluation.batch', fields.evaluation.batch, 1, math.inf),
+        ('checkpoint.keep', fields.checkpoint.keep, 1, math.inf),
+        ('input.prefetch', fields.input.prefetch, 1, math.inf),
+        ('precision.max_skipped', fields.precision.max_skipped, 1, math.inf),
+        (
+            'model.batch_norm_decay',
+            fields.model.batch_norm_decay if fields.model.norm == 'batch' else 0,
+            0,
+            1,
+        ),
+        ('augment.label_smoothing', fields.augment.label_smoothing, 0, 1),
+        ('averaging.epoch_decay', fields.averaging.epoch_decay, 0, 1),
+        ('averaging.update_decay', fields.averaging.update_decay, 0, 1),
+        ('optimizer.rate_per_example', fields.optimizer.rate_per_example, 0, math.inf),
+        ('seed', fields.seed, 0, 2**32),
+    ):
+        if not low <= value < high:
+            raise ConfigError(f'{name}={value} is not in [{low}, {high})')
+    for name, values in (('augment.mean', fields.augment.mean), ('augment.std', fields.augment.std)):
+        if len(values) != 3 or (name == 'augment.std' and min(values) <= 0):
+            raise ConfigError(f'{name}={tuple(values)} must be three numbers, R, G and B, those of std above 0')
+
+
+def _open_sources(fields: Fields) -> tuple[input_pipeline.Source, input_pipeline.Source]:
+    train_split, data_dir = fields.input.train_split, fields.input.dir or None
+    return tuple(
+        input_pipeline.open_source(fields.dataset, split, data_dir, train_split=train_split)
+        for split in (train_split, fields.input.test_split)
+    )
+
+
+def _make_model(fields: Fields, classes: int, compute: Any) -> EfficientNet:
+    spec = scaling.model_spec(
+        fields.variant,
+        group_size=fields.group_size,
+        expand_ratio=fields.expand_ratio or None,
+        width=fields.width or None,
+        depth=fields.depth or None,
+        classes=classes,
+        stem_stride=fields.stem_stride,
+        dropout=None if fields.dropout == -1 else fields.dropout,
+        survival=fields.survival,
+    )
+    grouped = {}
+    if fields.norm == 'group':
+        grouped = {'norm_groups': fields.norm_groups, 'norm_layout': fields.norm_layout}
+    return EfficientNet(
+        spec=spec,
+        norm=fields.norm,
+        epsilon=fields.norm_epsilon,
+        padding=fields.padding,
+        conv_method=fields.conv_method,
+        dtype=compute,
+        **grouped,
+    )
+
+
+def _make_schedule(fields: Fields, steps_of: Any, total_steps: int) -> optax.Schedule:
+    s = fields.schedule
+    options: dict[str, Any] = {
+        'polynomial': lambda: {'end_ratio': s.end_ratio, 'power': s.power},
+        'cosine': lambda: {'end_ratio': s.end_ratio},
+        'exponential': lambda: {
+            'decay_rate': s.decay_rate,
+            'decay_steps': max(steps_of('schedule.decay_every', s.decay_every), 1),
+        },
+    }
+    return warmup_schedule(
+        s.kind,
+        peak=fields.optimizer.rate_per_example * fields.global_batch,
+        total_steps=total_steps,
+        warmup_steps=steps_of('schedule.warmup', s.warmup),
+        **options.get(s.kind, dict)(),
+    )
+
+
+def _make_optimizer(fields: Fields, schedule: optax.Schedule, policy: Any) -> optax.GradientTransformation:
+    o = fields.optimizer
+    options: dict[str, Any] = {
+        'lars': lambda: {
+            'nesterov': o.nesterov,
+            'trust_coefficient': o.trust_coefficient,
+            'eps': o.epsilon,
+        },
+        'rmsprop': lambda: {'decay': o.rms_decay, 'eps': o.epsilon},
+        'sgd': lambda: {'nesterov': o.nesterov},
+    }
+    return make_optimizer(
+        o.name,
+        learning_rate=schedule,
+        policy=policy,
+        rounding=fields.precision.rounding,
+        key=random_keys.purpose_key(fields.seed, 'rounding'),
+        momentum=o.momentum,
+        weight_decay=o.weight_decay,
+        **options.get(o.name, dict)(),
+    )
+
+
+def _check_input(fields: Fields, parts: Parts) -> None:
+    """Opens both pipelines far enough that they check their arguments, and notes which fields they use."""
+    parts.train_batches(0)
+    parts.evaluation_batches()
+    # Read by the pipelines through `Parts`.
+    fields.input.damaged_limit, fields.augment.crop, fields.augment.flip  # noqa: B018
+    if fields.augment.crop == 'pad':
+        fields.augment.pad  # noqa: B018

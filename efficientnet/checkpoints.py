@@ -1,0 +1,139 @@
+"""Checkpoints with Orbax; the one file that knows its interface, which changes often.
+
+A checkpoint is the plain, unstaged state as {dotted name: array}, a JSON of facts beside it (position, clock, …)
+and a digest of all bytes. Orbax writes into a temporary folder and renames it, so a killed save leaves no trace
+under the final name; the digest finds what a disk or a copy damaged later.
+"""
+
+import logging
+import pathlib
+import zlib
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
+
+from efficientnet.errors import ConfigError
+
+Tree = Any
+SCORE = 'test_accuracy'
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest few and the best."""
+
+    def __init__(self, directory: pathlib.Path, keep: int) -> None:
+        if keep < 1:
+            raise ConfigError(f'checkpoint.keep={keep} must be at least 1')
+        logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax reports every step of every save there
+        best = keep_policy.BestN(get_metric_fn=_score, reverse=False, n=1, keep_checkpoints_without_metrics=False)
+        policy = keep_policy.AnyPreservationPolicy([keep_policy.LatestN(keep), best])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            cleanup_tmp_directories=True,  # what a killed save left behind
+            enable_async_checkpointing=False,  # a failed background save would surface an epoch later
+        )
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def positions(self) -> list[int]:
+        """Returns the positions (batches consumed) of the checkpoints there are, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, position: int, state: Tree, facts: dict[str, Any], accuracy: float | None) -> None:
+        """Saves one checkpoint and deletes those that are neither new nor best.
+
+        Args:
+            position: Batches consumed so far; names the checkpoint.
+            state: Host arrays.
+            facts: Small JSON values that go along.
+            accuracy: Test accuracy in [0, 1] at this position if it was evaluated; the best is kept.
+
+        Raises:
+            OSError: The disk is full or not writable. Earlier checkpoints are left as they were.
+        """
+        arrays = _flatten(state)
+        facts = facts | {'position': position, 'digest': _digest(arrays)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts))
+        metrics = None if accuracy is None else {SCORE: accuracy}
+        self._manager.save(position, args=items, metrics=metrics, force=True)
+
+    def restore(self, like: Tree, position: int) -> tuple[Tree, dict[str, Any]]:
+        """Reads one checkpoint.
+
+        Args:
+            like: A state with the structure, shapes and dtypes to expect.
+            position: One of `positions()`.
+
+        Returns:
+            The state as host arrays, and the facts saved beside it.
+
+        Raises:
+            Exception: Whatever Orbax raises on a damaged checkpoint, or ValueError if bytes differ.
+        """
+        wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _flatten(like))
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), facts=ocp.args.JsonRestore())
+        restored = self._manager.restore(position, args=items)
+        arrays = {name: np.asarray(leaf) for name, leaf in restored['state'].items()}
+        if _digest(arrays) != restored['facts']['digest']:
+            raise ValueError('its bytes are not those that were saved')
+        return _unflatten(like, arrays), restored['facts']
+
+    def restore_newest(self, like: Tree) -> tuple[Tree, dict[str, Any], list[str]] | None:
+        """Reads the newest checkpoint that is whole.
+
+        Returns:
+            State, facts, and a line for each newer checkpoint that was damaged; None if there are none at all.
+
+        Raises:
+            ConfigError: There are checkpoints, but every one is damaged.
+        """
+        complaints = []
+        for position in reversed(self.positions()):
+            try:
+                state, facts = self.restore(like, position)
+            except Exception as error:  # Orbax has no common class for what a damaged file can raise
+                reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+                complaints.append(f'checkpoint {self._directory / str(position)} is damaged ({reason})')
+                continue
+            return state, facts, complaints
+        if complaints:
+            raise ConfigError('; '.join(complaints) + '; no whole one is left: give another --workdir')
+        return None
+
+    def discard_after(self, position: int) -> None:
+        """Deletes the checkpoints newer than `position`: damaged ones, or of a future that is computed again."""
+        for newer in self.positions():
+            if newer > position:
+                self._manager.delete(newer)
+
+    def close(self) -> None:
+        """Releases the manager's threads."""
+        self._manager.close()
+
+
+def _score(metrics: dict[str, float] | None) -> float | None:
+    return metrics.get(SCORE) if metrics else None
+
+
+def _flatten(state: Tree) -> dict[str, np.ndarray]:
+    return flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(state), sep='.')
+
+
+def _unflatten(like: Tree, arrays: dict[str, np.ndarray]) -> Tree:
+    empty = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(like), sep='.', keep_empty_nodes=True)
+    nested = flax.traverse_util.unflatten_dict(empty | arrays, sep='.')
+    return flax.serialization.from_state_dict(like, nested)
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> int:
+    """CRC-32 over names, dtypes, shapes and bytes."""
+    value = 0
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name])
+        value = zlib.crc32(f'{name} {array.dtype} {array.shape}'.encode(), value)
+        value = zlib.crc32(np.ascontiguousarray(array).tobytes(), value)
+    return value

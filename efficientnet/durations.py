@@ -1,0 +1,37 @@
+"""One converter from the durations people write ('70 epochs') to weight updates."""
+
+import math
+
+from efficientnet.errors import ConfigError
+
+UNITS = ('epochs', 'steps', 'examples', '%')
+
+
+def to_steps(field: str, duration: str, *, num_examples: int, global_batch: int, total_steps: int | None) -> int:
+    """Converts a duration to whole weight updates, rounding down.
+
+    Args:
+        field: The field's dotted name, for the error message.
+        duration: A number and a unit of `UNITS`, such as '70 epochs', '500 steps', '50000 examples', '20 %'.
+        num_examples: Examples in an epoch.
+        global_batch: Examples a weight update.
+        total_steps: Updates in the whole run, which '%' refers to; None where the run's own length is asked.
+
+    Raises:
+        ConfigError: The text is not a duration, or is negative.
+    """
+    number, _, unit = duration.strip().partition(' ')
+    if duration.strip().endswith('%'):
+        number, unit = duration.strip()[:-1], '%'
+    unit = unit.strip()
+    unit = unit if unit in UNITS else unit + 's'
+    try:
+        amount = float(number)
+    except ValueError:
+        amount = math.nan
+    if unit not in UNITS or not 0 <= amount < math.inf or (unit == '%' and total_steps is None):
+        raise ConfigError(f"{field}={duration!r} is not a duration; write '70 epochs', '500 steps', '20 %', …")
+    if unit == '%':
+        return math.floor(amount / 100 * total_steps)
+    examples = {'epochs': num_examples, 'steps': global_batch, 'examples': 1}[unit] * amount
+    return math.floor(examples / global_batch + 1e-9)

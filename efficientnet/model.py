@@ -1,0 +1,257 @@
+"""EfficientNet as named blocks that can run whole or as a slice, a pipeline stage, of the same network.
+
+The variables of a slice are exactly the sub-trees of the whole network under the same names, with the same
+initial values for the same key, so that weights move between layouts without any renaming. Dropout and
+stochastic depth draw from one key a sample: what a sample sees does not depend on its place in a batch.
+"""
+
+import zlib
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from efficientnet.convolution import METHODS, Padding, grouped_conv
+from efficientnet.errors import ConfigError
+from efficientnet.normalization import BatchNorm, GroupNorm, Layout, ProxyNormSwish
+from efficientnet.scaling import BlockSpec, ModelSpec, block_names
+
+SHARED = ('norm', 'norm_groups', 'norm_layout', 'epsilon', 'padding', 'conv_method', 'dtype')
+NORMS = ('group', 'batch', 'layer_proxy')
+DENSE_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'truncated_normal')
+GROUPED_INIT = nn.initializers.variance_scaling(2.0, 'fan_in', 'truncated_normal')
+
+
+class Conv(nn.Module):
+    """Convolution without bias whose kernel [k, k, C/groups, features] is cast to the dtype of its input."""
+
+    features: int
+    size: int = 1
+    stride: int = 1
+    groups: int = 1
+    padding: Padding = 'same'
+    method: str = 'auto'
+    kernel_init: nn.initializers.Initializer = DENSE_INIT
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Convolves x [N, H, W, C]."""
+        shape = (self.size, self.size, x.shape[3] // self.groups, self.features)
+        kernel = self.param('kernel', self.kernel_init, shape, jnp.float32).astype(x.dtype)
+        return grouped_conv(x, kernel, stride=self.stride, groups=self.groups, padding=self.padding, method=self.method)
+
+
+class Layers(nn.Module):
+    """What stem, blocks and head have in common: the choice of normalisation, padding and dtype.
+
+    Attributes:
+        norm: 'group', 'batch', or 'layer_proxy' (layer norm and proxy norm).
+        norm_groups: groups of 'group'.
+        norm_layout: 'strided' or 'contiguous' groups of 'group'.
+        epsilon: added to the variance.
+        padding: 'same' (TensorFlow) or 'symmetric' (PyTorch).
+        conv_method: formulation of the blocks' spatial convolution, a key of `convolution.METHODS` or 'auto'.
+        dtype: compute dtype of activations. Statistics, pools and the classifier are fp32.
+    """
+
+    norm: Literal['group', 'batch', 'layer_proxy'] = 'group'
+    norm_groups: int = 4
+    norm_layout: Layout = 'strided'
+    epsilon: float = 1e-3
+    padding: Padding = 'same'
+    conv_method: str = 'auto'
+    dtype: Any = jnp.float32
+
+    def normalize(self, name: str, x: Array, train: bool, use_bias: bool = True) -> Array:
+        """Group or batch norm."""
+        if self.norm == 'batch':
+            return BatchNorm(self.epsilon, name=name)(x, train=train)
+        return GroupNorm(self.norm_groups, self.norm_layout, self.epsilon, use_bias, name=name)(x)
+
+    def normalize_swish(self, name: str, x: Array, train: bool) -> Array:
+        """Norm and activation."""
+        x, factor = self.normalize_swish_deferred(name, x, train)
+        return x if factor is None else x * factor.astype(x.dtype)[None, None, None, :]
+
+    def normalize_swish_deferred(self, name: str, x: Array, train: bool) -> tuple[Array, Array | None]:
+        """As above without proxy norm's division; returns the factor [C] that is still due, or None."""
+        if self.norm == 'layer_proxy':
+            return ProxyNormSwish(self.epsilon, name=name)(x)
+        return nn.swish(self.normalize(name, x, train)), None
+
+
+class Stem(Layers, kw_only=True):
+    """3x3 convolution, norm, swish."""
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, sample_keys: Array | None) -> Array:
+        """Maps images [N, H, W, 3] to [N, H', W', features]."""
+        x = Conv(self.features, 3, self.stride, padding=self.padding, name='conv')(x)
+        return self.normalize_swish('norm', x, train)
+
+
+class MBConv(Layers, kw_only=True):
+    """Inverted residual: expand, spatial convolution, squeeze-and-excite, project, stochastic depth."""
+
+    spec: BlockSpec
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, sample_keys: Array | None) -> Array:
+        """Maps [N, H, W, in_channels] to [N, H', W', out_channels]."""
+        spec, inputs = self.spec, x
+        if spec.mid_channels != spec.in_channels:
+            x = Conv(spec.mid_channels, name='expand')(x)
+            x = self.normalize_swish('expand_norm', x, train)
+        x = Conv(
+            spec.mid_channels,
+            spec.kernel,
+            spec.stride,
+            spec.groups,
+            self.padding,
+            self.conv_method,
+            GROUPED_INIT,
+            name='spatial',
+        )(x)
+        x, factor = self.normalize_swish_deferred('spatial_norm', x, train)
+        gate = self._gate(x)
+        if factor is not None:
+            # Proxy norm's division of every element becomes a division of the gate; the gate itself looks
+            # at the undivided activation, as in the reference.
+            gate = gate * factor.astype(gate.dtype)[None]
+        x = Conv(spec.out_channels, name='project')(x * gate[:, None, None, :])
+        if self.norm == 'layer_proxy':
+            # No activation follows, hence no proxy norm; without a shift the channels cannot drift apart.
+            x = GroupNorm(1, epsilon=self.epsilon, use_bias=False, name='project_norm')(x)
+        else:
+            x = self.normalize('project_norm', x, train)
+        if not spec.residual:
+            return x
+        if train and spec.survival < 1:
+            x = stochastic_depth(x, spec.survival, layer_keys(sample_keys, spec.name))
+        return x + inputs
+
+    def _gate(self, x: Array) -> Array:
+        """Squeeze-and-excite: sigmoid(W2 swish(W1 mean(x) + b1) + b2), [N, C]."""
+        options = {'dtype': x.dtype, 'param_dtype': jnp.float32, 'kernel_init': DENSE_INIT}
+        pooled = x.astype(jnp.float32).mean((1, 2)).astype(x.dtype)
+        hidden = nn.swish(nn.Dense(self.spec.se_channels, name='se_reduce', **options)(pooled))
+        return nn.sigmoid(nn.Dense(self.spec.mid_channels, name='se_expand', **options)(hidden))
+
+
+class Head(Layers, kw_only=True):
+    """1x1 convolution, norm, swish, global average pool, dropout, classifier."""
+
+    features: int
+    classes: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, sample_keys: Array | None) -> Array:
+        """Maps [N, H, W, C] to logits [N, classes] in fp32."""
+        x = Conv(self.features, name='conv')(x)
+        # Proxy norm's division is dropped here: it would only rescale what the classifier weighs anyway.
+        x, _ = self.normalize_swish_deferred('norm', x, train)
+        x = x.astype(jnp.float32).mean((1, 2))
+        if train and self.dropout > 0:
+            x = sample_dropout(x, self.dropout, layer_keys(sample_keys, 'head'))
+        init = nn.initializers.glorot_uniform()
+        options = {'dtype': jnp.float32, 'param_dtype': jnp.float32, 'kernel_init': init}
+        return nn.Dense(self.classes, name='classifier', **options)(x)
+
+
+class EfficientNet(Layers, kw_only=True):
+    """The network, or the consecutive blocks of it named in `blocks`; see `Layers` for the other attributes.
+
+    Attributes:
+        spec: the network as data.
+        blocks: names of the consecutive blocks this module runs; None runs all.
+
+    Source: Tan and Le, EfficientNet (arXiv 1905.11946).
+    """
+
+    spec: ModelSpec
+    blocks: tuple[str, ...] | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False, sample_keys: Array | None = None) -> Array:
+        """Runs the blocks in order.
+
+        Args:
+            x: normalised images [N, H, W, 3] if the first block is 'stem', otherwise the activation that
+                enters the first block, [N, *boundary_shape].
+            train: whether batch norm uses this batch and dropout and stochastic depth are active.
+            sample_keys: typed keys [N]; needed in training where something random happens. Layer l of
+                sample n draws from fold_in(sample_keys[n], crc32(l)).
+
+        Returns:
+            Logits [N, classes] in fp32 if the last block is 'head', otherwise an activation in `dtype`.
+
+        Raises:
+            ConfigError: an unknown norm, conv_method or block name.
+            ValueError: sample_keys are missing or not one a sample.
+        """
+        names = self._names()
+        random = self._random_blocks(names)
+        if train and random and (sample_keys is None or sample_keys.shape != x.shape[:1]):
+            raise ValueError(f'training {random} needs sample_keys of shape {x.shape[:1]}, one typed key a sample')
+        x = x.astype(self.dtype)
+        for name in names:
+            x = self._block(name)(x, train=train, sample_keys=sample_keys)
+        return x
+
+    def _names(self) -> tuple[str, ...]:
+        known = block_names(self.spec)
+        names = known if self.blocks is None else tuple(self.blocks)
+        start = known.index(names[0]) if names and names[0] in known else 0
+        if not names or known[start : start + len(names)] != names:
+            raise ConfigError(f'blocks={names} must be consecutive names of {known}')
+        if self.norm not in NORMS:
+            raise ConfigError(f'norm={self.norm!r} must be one of {", ".join(NORMS)}')
+        if self.conv_method not in ('auto', *METHODS):
+            raise ConfigError(f'conv_method={self.conv_method!r} must be auto, {", ".join(METHODS)}')
+        return names
+
+    def _random_blocks(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Names of the blocks that draw random numbers in training."""
+        random = [block.name for block in self.spec.blocks if block.residual and block.survival < 1]
+        if self.spec.dropout > 0:
+            random.append('head')
+        return tuple(name for name in random if name in names)
+
+    def _block(self, name: str) -> nn.Module:
+        common = {field: getattr(self, field) for field in SHARED}
+        spec = self.spec
+        if name == 'stem':
+            return Stem(features=spec.stem_channels, stride=spec.stem_stride, name=name, **common)
+        if name == 'head':
+            options = {'features': spec.head_channels, 'classes': spec.classes, 'dropout': spec.dropout}
+            return Head(name=name, **options, **common)
+        (block,) = (block for block in spec.blocks if block.name == name)
+        return MBConv(spec=block, name=name, **common)
+
+
+def layer_keys(sample_keys: Array, layer: str) -> Array:
+    """One key a sample for a named layer: fold_in(sample_key, crc32(layer)), [N]."""
+    code = jnp.uint32(zlib.crc32(layer.encode()))
+    return jax.vmap(jax.random.fold_in, (0, None))(sample_keys, code)
+
+
+def stochastic_depth(x: Array, survival: float, keys: Array) -> Array:
+    """Keeps each sample of x [N, H, W, C] with probability `survival`, scaled by its inverse, else zeroes it.
+
+    Source: Huang et al., Deep Networks with Stochastic Depth (arXiv 1603.09382).
+    """
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, survival))(keys)
+    factor = jnp.where(keep, 1 / survival, 0.0).astype(x.dtype)
+    return x * factor[:, None, None, None]
+
+
+def sample_dropout(x: Array, rate: float, keys: Array) -> Array:
+    """Zeroes each element of x [N, C] with probability `rate`, scales the others by 1 / (1 - rate)."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return x * jnp.where(keep, 1 / (1 - rate), 0.0).astype(x.dtype)

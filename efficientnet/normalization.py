@@ -1,0 +1,194 @@
+"""Normalisation layers whose statistics are always fp32 and two-pass, whatever the compute dtype.
+
+The reference system normalises within a sample, so that neither the local batch nor the number of
+micro-batches changes the training. Its group norm differs from the usual one: channel c belongs to group
+c mod groups ('strided'), and epsilon is 1e-3. Mean first and squared differences second cost a pass more
+than E[x²] − E[x]², which cancels catastrophically in 16-bit networks. The normalisation itself is one
+multiply-add an element, with the affine parameters folded into coefficients of shape [N, C].
+
+Parameter names are a contract with the optimizers, which exempt them from weight decay and trust ratios:
+'scale' and 'bias' are the affine pair, 'proxy_scale' and 'proxy_bias' the proxy distribution's.
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.special import ndtri
+
+from efficientnet.errors import ConfigError
+
+Layout = Literal['strided', 'contiguous']
+PROXY_QUANTILES = 200
+PROXY_EPSILON = 0.03
+
+
+def group_norm(x: Array, scale: Array, bias: Array | None, groups: int, layout: Layout, epsilon: float) -> Array:
+    """Normalises every sample over its pixels and the channels of a group.
+
+    y = (x − mean) / sqrt(var + epsilon) · scale + bias, with the biased variance.
+
+    Args:
+        x: [N, H, W, C].
+        scale: [C] in fp32.
+        bias: [C] in fp32, None for 0.
+        groups: number of groups, a divisor of C.
+        layout: 'strided' puts channel c into group c mod groups, 'contiguous' into c // (C / groups).
+        epsilon: added to the variance.
+
+    Returns:
+        [N, H, W, C] in fp32.
+
+    Source: Wu and He, Group Normalization (arXiv 1803.08494).
+    """
+    channels = x.shape[3]
+    per_group = channels // groups
+
+    def group_mean(values: Array) -> Array:
+        """Averages [N, H, W, C] over pixels and the channels of a group; [N, C], equal within a group."""
+        pixel_mean = values.mean((1, 2))
+        shape, axis = ((-1, per_group, groups), 1) if layout == 'strided' else ((-1, groups, per_group), 2)
+        mean = pixel_mean.reshape(shape).mean(axis, keepdims=True)
+        return jnp.broadcast_to(mean, (mean.shape[0], *shape[1:])).reshape(pixel_mean.shape)
+
+    x = x.astype(jnp.float32)
+    mean = group_mean(x)
+    variance = group_mean(jnp.square(x - mean[:, None, None, :]))
+    return _normalize(x, mean, variance, scale, bias, epsilon)
+
+
+def proxy_moments(scale: Array, bias: Array, proxy_scale: Array, proxy_bias: Array) -> tuple[Array, Array]:
+    """Mean and variance of a channel's activation if its pre-activation were the proxy variable.
+
+    mean, var of swish(scale · Y + bias) over Y ~ N(proxy_bias, (1 + proxy_scale)²), taken over 200 fixed
+    quantiles of the Gaussian, so that nothing is random and gradients flow to all four parameters.
+
+    Args:
+        scale: [C] in fp32, as the other three.
+        bias: [C].
+        proxy_scale: [C].
+        proxy_bias: [C].
+
+    Returns:
+        mean [C] and variance [C] in fp32.
+
+    Source: Labatie et al., Proxy-Normalizing Activations to Match Batch Normalization (arXiv 2106.03743).
+    """
+    quantiles = ndtri((jnp.arange(PROXY_QUANTILES, dtype=jnp.float32) + 0.5) / PROXY_QUANTILES)[:, None]
+    proxy = (1 + proxy_scale)[None] * quantiles + proxy_bias[None]
+    activated = nn.swish(scale[None] * proxy + bias[None])
+    return activated.mean(0), activated.var(0)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with fp32 statistics; input and output share a dtype.
+
+    Attributes:
+        groups: number of groups; must divide the channels.
+        layout: 'strided' (reference) or 'contiguous'.
+        epsilon: added to the variance.
+        use_bias: False leaves out the shift.
+    """
+
+    groups: int = 4
+    layout: Layout = 'strided'
+    epsilon: float = 1e-3
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises x [N, H, W, C]."""
+        channels = x.shape[3]
+        _check_groups(channels, self.groups, self.layout, '/'.join(self.path))
+        scale = self.param('scale', nn.initializers.ones, (channels,), jnp.float32).astype(jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param('bias', nn.initializers.zeros, (channels,), jnp.float32).astype(jnp.float32)
+        return group_norm(x, scale, bias, self.groups, self.layout, self.epsilon).astype(x.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation that leaves the moving average to the training code.
+
+    In training it normalises with the statistics of this micro-batch and, where the collection
+    'batch_stats' is mutable, WRITES THEM RAW: 'mean' and biased 'var', in fp32. They are not averaged with
+    what was there: one weight update sees many micro-batches, possibly recomputed, so the moving average is
+    formed once an update from the mean of their statistics. In evaluation it uses what is stored.
+
+    Attributes:
+        epsilon: added to the variance.
+    """
+
+    epsilon: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Normalises x [N, H, W, C] per channel; input and output share a dtype."""
+        channels = x.shape[3]
+        scale = self.param('scale', nn.initializers.ones, (channels,), jnp.float32).astype(jnp.float32)
+        bias = self.param('bias', nn.initializers.zeros, (channels,), jnp.float32).astype(jnp.float32)
+        stored_mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), jnp.float32)
+        stored_variance = self.variable('batch_stats', 'var', jnp.ones, (channels,), jnp.float32)
+
+        x32 = x.astype(jnp.float32)
+        if train:
+            mean = x32.mean((0, 1, 2))
+            variance = jnp.square(x32 - mean[None, None, None, :]).mean((0, 1, 2))
+            if self.is_mutable_collection('batch_stats') and not self.is_initializing():
+                stored_mean.value, stored_variance.value = mean, variance
+        else:
+            mean = stored_mean.value.astype(jnp.float32)
+            variance = stored_variance.value.astype(jnp.float32)
+        return _normalize(x32, mean[None], variance[None], scale, bias, self.epsilon).astype(x.dtype)
+
+
+class ProxyNormSwish(nn.Module):
+    """Layer norm, affine, swish, and the normalisation of the activation by its proxy's moments.
+
+    y = (swish(scale · LN(x) + bias) − m) / sqrt(v + 0.03), with m, v from `proxy_moments`. It restores the
+    channel-wise normalisation that layer norm lacks, without any dependence between samples. The division
+    is left to the caller, who may fold it into a later factor or leave it out.
+
+    Attributes:
+        epsilon: added to the variance of layer norm.
+    """
+
+    epsilon: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        """Activates x.
+
+        Args:
+            x: [N, H, W, C].
+
+        Returns:
+            The numerator of y [N, H, W, C] in the dtype of x, the factor 1 / sqrt(v + 0.03) [C] in fp32.
+        """
+        channels = (x.shape[3],)
+        scale = self.param('scale', nn.initializers.ones, channels, jnp.float32).astype(jnp.float32)
+        bias = self.param('bias', nn.initializers.zeros, channels, jnp.float32).astype(jnp.float32)
+        proxy_scale = self.param('proxy_scale', nn.initializers.zeros, channels, jnp.float32).astype(jnp.float32)
+        proxy_bias = self.param('proxy_bias', nn.initializers.zeros, channels, jnp.float32).astype(jnp.float32)
+        mean, variance = proxy_moments(scale, bias, proxy_scale, proxy_bias)
+        activated = nn.swish(group_norm(x, scale, bias, 1, 'strided', self.epsilon))
+        numerator = (activated - mean[None, None, None, :]).astype(x.dtype)
+        return numerator, jax.lax.rsqrt(variance + PROXY_EPSILON)
+
+
+def _normalize(x: Array, mean: Array, variance: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
+    """The affine normalisation as one multiply-add; mean and variance [N or 1, C], everything fp32."""
+    factor = jax.lax.rsqrt(variance + epsilon) * scale[None]
+    shift = -mean * factor
+    if bias is not None:
+        shift = shift + bias[None]
+    return x * factor[:, None, None, :] + shift[:, None, None, :]
+
+
+def _check_groups(channels: int, groups: int, layout: str, where: str) -> None:
+    if groups < 1 or channels % groups:
+        raise ConfigError(f'norm_groups={groups} must divide the {channels} channels of {where}')
+    if layout not in ('strided', 'contiguous'):
+        raise ConfigError(f'norm_layout={layout!r} must be strided or contiguous')

@@ -1,0 +1,82 @@
+"""What is stored and computed as what: the one table of number formats, for all files to go by.
+
+A policy's name is the reference system's "compute.master":
+
+| name    | activations, their gradients | master weights | optimizer state | averages |
+| ------- | ---------------------------- | -------------- | --------------- | -------- |
+| 32.32   | fp32                         | fp32           | fp32            | fp32     |
+| bf16.32 | bf16                         | fp32           | fp32            | fp32     |
+| 16.32   | fp16                         | fp32           | fp32            | fp32     |
+| 16.16   | fp16                         | fp16           | fp16            | fp32     |
+| bf16.16 | bf16                         | bf16           | bf16            | fp32     |
+
+Under every policy these are fp32, because sixteen bits lose them without a sound: normalisation statistics,
+softmax and loss, gradient accumulators and their reduction over replicas, the norms of the LARS trust
+ratio, the optimizer's arithmetic (its state is 16-bit only where it is stored) and the learning rate.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficientnet.errors import ConfigError
+
+FP32, FP16, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The formats of one run.
+
+    Attributes:
+        name: "compute.master", a key of `POLICIES`.
+        compute: Format of activations, of the weights cast for them, and of the gradients flowing back.
+        master: Format in which the weights live between updates.
+        state: Format in which optimizer state (momentum, mean square) lives between updates.
+        average: Format of weight averages; a 16-bit average would forget what it adds.
+    """
+
+    name: str
+    compute: np.dtype
+    master: np.dtype
+    state: np.dtype
+    average: np.dtype = FP32
+
+
+POLICIES = {
+    chosen.name: chosen
+    for chosen in (
+        Policy('32.32', compute=FP32, master=FP32, state=FP32),
+        Policy('bf16.32', compute=BF16, master=FP32, state=FP32),
+        Policy('16.32', compute=FP16, master=FP32, state=FP32),
+        Policy('16.16', compute=FP16, master=FP16, state=FP16),
+        Policy('bf16.16', compute=BF16, master=BF16, state=BF16),
+    )
+}
+
+
+def policy(name: str) -> Policy:
+    """Returns the policy called `name`.
+
+    Raises:
+        ConfigError: There is none; the message lists those there are.
+    """
+    if name not in POLICIES:
+        raise ConfigError(f'precision.policy={name!r} is not a policy; choose one of {", ".join(POLICIES)}')
+    return POLICIES[name]
+
+
+def cast_floating(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """Casts the floating-point arrays of a tree, to nearest; integers, booleans and PRNG keys stay.
+
+    Args:
+        tree: Pytree of arrays of any shapes.
+        dtype: A floating-point format.
+
+    Returns:
+        A tree of the same structure and shapes.
+    """
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

@@ -1,0 +1,21 @@
+"""Where every random number comes from: (seed, purpose) and then step, sample or name, never the layout."""
+
+import zlib
+
+import jax
+
+
+def purpose_key(seed: int, purpose: str) -> jax.Array:
+    """Returns the typed key of one purpose of a run: 'weights', 'samples' or 'rounding'."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+
+
+def sample_keys(key: jax.Array, step: jax.Array, samples: jax.Array) -> jax.Array:
+    """Returns one typed key a sample.
+
+    Args:
+        key: The 'samples' key of the run.
+        step: [] int32, weight updates so far.
+        samples: [N] int32, rows in the global batch.
+    """
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), samples)

@@ -1,0 +1,255 @@
+"""The scaling rules: from a variant's multipliers to a list of blocks, as pure data.
+
+Everything that needs the shape of the network without running it (the modules, the partition into
+pipeline stages, the planner, the parameter-count tests) reads the same `ModelSpec`, so the rules are
+stated once and no array library is needed to apply them.
+"""
+
+import dataclasses
+import math
+import string
+from typing import NamedTuple
+
+from efficientnet.errors import ConfigError
+
+
+class Variant(NamedTuple):
+    """Multipliers of width and depth, dropout rate before the classifier, native resolution in pixels."""
+
+    width: float
+    depth: float
+    dropout: float
+    resolution: int
+
+
+VARIANTS = {
+    'b0': Variant(1.0, 1.0, 0.2, 224),
+    'b1': Variant(1.0, 1.1, 0.2, 240),
+    'b2': Variant(1.1, 1.2, 0.3, 260),
+    'b3': Variant(1.2, 1.4, 0.3, 300),
+    'b4': Variant(1.4, 1.8, 0.4, 380),
+    'b5': Variant(1.6, 2.2, 0.4, 456),
+    'b6': Variant(1.8, 2.6, 0.5, 528),
+    'b7': Variant(2.0, 3.1, 0.5, 600),
+}
+
+# One row a stage of the B0 network: kernel, repeats, input channels, output channels, stride of the first
+# block, and whether the blocks expand (the first stage never does).
+BASE_STAGES = (
+    (3, 1, 32, 16, 1, False),
+    (3, 2, 16, 24, 2, True),
+    (5, 2, 24, 40, 2, True),
+    (3, 3, 40, 80, 2, True),
+    (5, 3, 80, 112, 1, True),
+    (5, 4, 112, 192, 2, True),
+    (3, 1, 192, 320, 1, True),
+)
+STEM_CHANNELS = 32
+HEAD_CHANNELS = 1280
+SE_RATIO = 0.25
+
+# Expand ratios that keep the parameter count about equal while the spatial convolution grows denser.
+EXPAND_RATIOS = {1: 6, 4: 5, 16: 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """One MBConv block.
+
+    Attributes:
+        name: stage number and letter, e.g. 'block1a'.
+        kernel: side of the spatial kernel in pixels.
+        stride: stride of the spatial convolution.
+        in_channels: channels that enter the block.
+        mid_channels: channels of the spatial convolution; equal to `in_channels` when there is no expansion.
+        out_channels: channels that leave the block.
+        groups: groups of the spatial convolution.
+        se_channels: squeezed channels of squeeze-and-excite.
+        survival: probability that stochastic depth keeps the block's residual branch.
+    """
+
+    name: str
+    kernel: int
+    stride: int
+    in_channels: int
+    mid_channels: int
+    out_channels: int
+    groups: int
+    se_channels: int
+    survival: float
+
+    @property
+    def residual(self) -> bool:
+        """Whether input and output have the same shape, so that the input is added to the output."""
+        return self.stride == 1 and self.in_channels == self.out_channels
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A whole network: stem, blocks in order, head.
+
+    Attributes:
+        variant: the name the multipliers came from, 'b0' to 'b7'.
+        stem_channels: output channels of the stem's 3x3 convolution.
+        stem_stride: its stride, 2 (reference) or 1 (small images).
+        blocks: the MBConv blocks in order.
+        head_channels: output channels of the head's 1x1 convolution.
+        classes: number of logits.
+        dropout: dropout rate before the classifier.
+        resolution: the variant's native image side in pixels.
+    """
+
+    variant: str
+    stem_channels: int
+    stem_stride: int
+    blocks: tuple[BlockSpec, ...]
+    head_channels: int
+    classes: int
+    dropout: float
+    resolution: int
+
+
+def round_width(channels: int, multiplier: float) -> int:
+    """Scales a channel count to the nearest multiple of 8 that is not below 90 % of the exact value."""
+    exact = channels * multiplier
+    rounded = max(8, int(exact + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * exact else rounded
+
+
+def model_spec(
+    variant: str = 'b0',
+    *,
+    group_size: int = 16,
+    expand_ratio: int | None = None,
+    width: float | None = None,
+    depth: float | None = None,
+    classes: int = 1000,
+    stem_stride: int = 2,
+    dropout: float | None = None,
+    survival: float = 0.8,
+) -> ModelSpec:
+    """Applies the compound scaling rules.
+
+    Channels are `round_width(base, width)`, repeats `ceil(depth * base)`. A block's spatial convolution has
+    `max(mid // group_size, 1)` groups. Block b of B survives with probability `1 - (1 - survival) * b / B`.
+
+    Args:
+        variant: 'b0' to 'b7'.
+        group_size: channels a group of the spatial convolution; 1 is depthwise.
+        expand_ratio: expansion of all stages but the first; None takes 6, 5, 4 for group sizes 1, 4, 16.
+        width: channel multiplier; None takes the variant's.
+        depth: repeat multiplier; None takes the variant's.
+        classes: number of logits.
+        stem_stride: 1 or 2.
+        dropout: rate before the classifier, in [0, 1); None takes the variant's.
+        survival: survival probability that the last blocks tend to, in (0, 1].
+
+    Returns:
+        The network as data.
+
+    Raises:
+        ConfigError: an argument is out of range, or a block's channels do not divide into the groups.
+
+    Source: Tan and Le, EfficientNet (arXiv 1905.11946); Masters et al., Making EfficientNet More Efficient
+    (arXiv 2106.03640) for group sizes.
+    """
+    if variant not in VARIANTS:
+        raise ConfigError(f'variant={variant!r} must be one of {", ".join(VARIANTS)}')
+    base = VARIANTS[variant]
+    width = base.width if width is None else width
+    depth = base.depth if depth is None else depth
+    dropout = base.dropout if dropout is None else dropout
+    _require(isinstance(group_size, int) and group_size >= 1, 'group_size', group_size, 'an integer >= 1')
+    if expand_ratio is None:
+        if group_size not in EXPAND_RATIOS:
+            known = ', '.join(map(str, EXPAND_RATIOS))
+            raise ConfigError(f'expand_ratio must be given for group_size={group_size}; only {known} have a default')
+        expand_ratio = EXPAND_RATIOS[group_size]
+    integer_ratio = isinstance(expand_ratio, int) and expand_ratio >= 1
+    _require(integer_ratio, 'expand_ratio', expand_ratio, 'an integer >= 1')
+    _require(0 < width < math.inf, 'width', width, 'positive')
+    _require(0 < depth < math.inf, 'depth', depth, 'positive')
+    _require(isinstance(classes, int) and classes >= 1, 'classes', classes, 'an integer >= 1')
+    _require(stem_stride in (1, 2), 'stem_stride', stem_stride, '1 or 2')
+    _require(0 <= dropout < 1, 'dropout', dropout, 'in [0, 1)')
+    _require(0 < survival <= 1, 'survival', survival, 'in (0, 1]')
+
+    blocks = _blocks(width, depth, group_size, expand_ratio, survival)
+    _check_groups(variant, blocks, group_size)
+    return ModelSpec(
+        variant=variant,
+        stem_channels=round_width(STEM_CHANNELS, width),
+        stem_stride=stem_stride,
+        blocks=blocks,
+        head_channels=round_width(HEAD_CHANNELS, width),
+        classes=classes,
+        dropout=dropout,
+        resolution=base.resolution,
+    )
+
+
+def block_names(spec: ModelSpec) -> tuple[str, ...]:
+    """Names in execution order: 'stem', 'block1a', ..., 'head'."""
+    return ('stem', *(block.name for block in spec.blocks), 'head')
+
+
+def boundary_shape(spec: ModelSpec, name: str, image_size: int) -> tuple[int, int, int]:
+    """Shape of the activation that enters a named block; either kind of padding gives the same.
+
+    Args:
+        spec: the network.
+        name: one of `block_names(spec)`; 'stem' takes the RGB image itself.
+        image_size: side of the square image in pixels.
+
+    Returns:
+        (H, W, C).
+    """
+    _require(name in block_names(spec), 'block', name, f'one of {", ".join(block_names(spec))}')
+    if name == 'stem':
+        return image_size, image_size, 3
+    side, channels = -(-image_size // spec.stem_stride), spec.stem_channels
+    for block in spec.blocks:
+        if block.name == name:
+            break
+        side, channels = -(-side // block.stride), block.out_channels
+    return side, side, channels
+
+
+def _require(holds: bool, field: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f'{field}={value!r} must be {wanted}')
+
+
+def _blocks(width: float, depth: float, group_size: int, expand_ratio: int, survival: float) -> tuple[BlockSpec, ...]:
+    repeats = [math.ceil(depth * stage[1]) for stage in BASE_STAGES]
+    _require(max(repeats) <= 26, 'depth', depth, 'at most 6.5, so that 26 letters name the blocks of a stage')
+    blocks = []
+    for number, (kernel, _, inputs, outputs, stride, expands) in enumerate(BASE_STAGES, start=1):
+        for index in range(repeats[number - 1]):
+            channels = round_width(inputs if index == 0 else outputs, width)
+            mid = channels * expand_ratio if expands else channels
+            blocks.append(
+                BlockSpec(
+                    name=f'block{number}{string.ascii_lowercase[index]}',
+                    kernel=kernel,
+                    stride=stride if index == 0 else 1,
+                    in_channels=channels,
+                    mid_channels=mid,
+                    out_channels=round_width(outputs, width),
+                    groups=max(mid // group_size, 1),
+                    se_channels=max(1, int(SE_RATIO * channels)),
+                    survival=1 - (1 - survival) * len(blocks) / sum(repeats),
+                )
+            )
+    return tuple(blocks)
+
+
+def _check_groups(variant: str, blocks: tuple[BlockSpec, ...], group_size: int) -> None:
+    for block in blocks:
+        if block.mid_channels % block.groups:
+            mids = {b.mid_channels for b in blocks}
+            fits = [size for size in range(1, 33) if all(mid % max(mid // size, 1) == 0 for mid in mids)]
+            raise ConfigError(
+                f'group_size={group_size} must divide the channels of every block: {block.name} of {variant} '
+                f'has {block.mid_channels}, not a multiple of {block.groups} groups; these fit: {fits}'
+            )

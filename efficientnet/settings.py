@@ -1,0 +1,97 @@
+"""Reading a config: unknown fields, fields nothing reads, and what differs from an earlier run.
+
+The rest of the code sees a config through `Fields`, which remembers what was read. When everything has been
+built and nothing has been computed, a field that was changed but never read is an error: it would have been
+silently ignored.
+"""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+
+from configs import base
+from efficientnet.errors import ConfigError
+
+# These may change when a run is resumed: they say where and how it runs, not what it computes.
+RESUMABLE = (
+    'micro_batch',
+    'replicas',
+    'stages',
+    'splits',
+    'log_every',
+    'input.dir',
+    'input.prefetch',
+    'input.damaged_limit',
+    'checkpoint.every',
+    'checkpoint.keep',
+    'evaluation.every',
+    'evaluation.batch',
+    'precision.max_skipped',
+    'model.conv_method',
+)
+
+
+def flatten(config: ml_collections.ConfigDict | dict, prefix: str = '') -> dict[str, Any]:
+    """Returns {'optimizer.momentum': 0.885, …} of a nested config; sequences become lists, as JSON has them."""
+    flat = {}
+    for name, value in config.items():
+        if hasattr(value, 'items'):
+            flat |= flatten(value, f'{prefix}{name}.')
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple | list) else value
+    return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """A read-only view of a config that remembers the dotted names of the fields that were read."""
+
+    _config: ml_collections.ConfigDict
+    _prefix: str = ''
+    _read: set[str] = dataclasses.field(default_factory=set)
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._config[name]
+        if isinstance(value, ml_collections.ConfigDict):
+            return Fields(value, f'{self._prefix}{name}.', self._read)
+        self._read.add(self._prefix + name)
+        return value
+
+    def unread(self) -> set[str]:
+        """Returns the fields of this view and those below it that were never read."""
+        return set(flatten(self._config, self._prefix)) - self._read
+
+
+def check_known(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError unless the config has exactly the fields of configs/base.py."""
+    known, given = set(flatten(base.get_config())), set(flatten(config))
+    if given - known:
+        raise ConfigError(f'unknown config fields: {", ".join(sorted(given - known))}; configs/base.py names all')
+    if known - given:
+        raise ConfigError(f'config fields missing: {", ".join(sorted(known - given))}; start from configs/base.py')
+
+
+def check_used(fields: Fields) -> None:
+    """Raises ConfigError if a field differs from its neutral value in configs/base.py but nothing read it."""
+    neutral, given = flatten(base.get_config()), flatten(fields._config)
+    idle = sorted(name for name in fields.unread() if given[name] != neutral[name])
+    if idle:
+        changes = ', '.join(f'{name}={given[name]!r}' for name in idle)
+        raise ConfigError(f'nothing reads these fields under the other settings: {changes}; leave them out')
+
+
+def check_resumable(stored: dict[str, Any], config: dict[str, Any], workdir: str) -> None:
+    """Raises ConfigError if the run in `workdir` was made with other settings than those of `RESUMABLE`.
+
+    Args:
+        stored: The flat config that the run was started with.
+        config: The flat config of the run that would go on.
+        workdir: Named in the message.
+    """
+    names = sorted((stored.keys() | config.keys()) - set(RESUMABLE))
+    absent = object()
+    changed = [name for name in names if stored.get(name, absent) != config.get(name, absent)]
+    if changed:
+        changes = ', '.join(f'{name}: {stored.get(name)!r} there, {config.get(name)!r} now' for name in changed)
+        raise ConfigError(f'{workdir} holds a run with another config ({changes}); give another --workdir')

@@ -1,0 +1,320 @@
+"""Training and evaluating: what happens between a config and a summary, top to bottom."""
+
+import pathlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from efficientnet import random_keys
+from efficientnet.assemble import Parts, assemble
+from efficientnet.checkpoints import Checkpoints
+from efficientnet.errors import ConfigError, RunError
+from efficientnet.evaluation import make_evaluate, run_evaluation
+from efficientnet.interrupt import Interrupt, Interrupted
+from efficientnet.layout import largest_replicas
+from efficientnet.precision import cast_floating
+from efficientnet.reporting import Clock, Report, describe, duration, evaluation_text, say, write_json
+from efficientnet.update import TrainState, make_epoch_average, make_update
+from efficientnet.workdir import claim, stored_config, writing
+
+Tree = Any
+
+
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains a run to its end, going on from its newest whole checkpoint if there is one.
+
+    Args:
+        config: All fields of configs/base.py.
+        workdir: Holds config.json, checkpoints, metrics.csv, TensorBoard events and, at the end, summary.json.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        ConfigError, DataError: Before anything is computed.
+        RunError: The run cannot go on.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+    """
+    parts = assemble(config)
+    say(*describe(parts))
+    with claim(workdir, parts), Interrupt() as interrupt:
+        run = Run(parts, workdir, interrupt)
+        try:
+            run.restore()
+            if run.position < parts.total_steps or not run.evaluation:
+                run.compile()
+                run.loop()
+            return run.summarise()
+        finally:
+            run.close()
+
+
+def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) -> dict[str, float]:
+    """Evaluates the newest checkpoint of a run, on all devices there are.
+
+    Args:
+        config: The run's config, or None to take the one stored in `workdir`.
+        workdir: Of a run that has saved a checkpoint.
+
+    Returns:
+        The evaluation columns of metrics.csv.
+    """
+    config = stored_config(workdir, config)
+    with config.unlocked():
+        config.micro_batch, config.replicas = 1, largest_replicas(config.global_batch, jax.device_count())
+    parts = assemble(config)
+    with Interrupt() as interrupt:
+        run = Run(parts, workdir, interrupt)
+        try:
+            run.restore()
+            if not run.position:
+                raise ConfigError(f'{workdir} has no checkpoint to evaluate; train first')
+            run.compile(update=False)
+            run.evaluate()
+        finally:
+            run.close()
+    say(f'step {run.position}  test accuracy {evaluation_text(run.evaluation)}')
+    return run.evaluation
+
+
+class Run:
+    """A run in progress: the state on the grid, the position in the stream of batches, and the books kept."""
+
+    def __init__(self, parts: Parts, workdir: pathlib.Path, interrupt: Interrupt) -> None:
+        self.parts, self.workdir, self._interrupt = parts, workdir, interrupt
+        self._checkpoints = Checkpoints(workdir / 'checkpoints', parts.config.checkpoint.keep)
+        self.position = 0  # batches consumed, which is updates made or skipped
+        self.evaluation: dict[str, float] = {}  # the last one
+        self._evaluated_at = 0
+        self._saved_at = 0
+        self._best = {'accuracy': -1.0, 'step': 0}
+        self._clock = Clock({})
+        self._report: Report | None = None
+        self._waiting: dict[str, jax.Array] | None = None
+
+    def restore(self) -> None:
+        """Puts the newest whole checkpoint, or the initial weights, on the grid."""
+        parts = self.parts
+        found = self._checkpoints.restore_newest(parts.state_shapes())
+        if found is None:
+            self._state = parts.grid.replicate(jax.device_get(parts.init_state()))
+            return
+        state, facts, complaints = found
+        self.position = self._saved_at = facts['position']
+        self.evaluation, self._evaluated_at = facts['evaluation'], facts['evaluated_at']
+        self._best, self._clock = facts['best'], Clock(facts['clock'])
+        self._state = parts.grid.replicate(state)
+        say(*complaints, f'going on from step {self.position} of {parts.total_steps}')
+
+    def compile(self, *, update: bool = True) -> None:
+        """Compiles the programs of the run, side by side, and books the time."""
+        parts, grid = self.parts, self.parts.grid
+        key = random_keys.purpose_key(parts.config.seed, 'samples')
+        train_rows, test_rows = grid.layout.rows, parts.config.evaluation.batch
+        self._cast = grid.pmap(lambda v: v | {'params': cast_floating(v['params'], parts.rule.policy.compute)})
+        variables = {'params': self._state.params, 'batch_stats': self._state.batch_stats}
+        functions = {
+            'evaluate': (
+                grid.pmap(make_evaluate(parts.model, parts.rule), out_axes=None),
+                (self._cast(variables), self._batch_shapes(test_rows)),
+            )
+        }
+        if update:
+            functions['update'] = (
+                grid.pmap(
+                    make_update(parts.model, parts.optimizer, grid.layout, parts.rule, key),
+                    donate_argnums=0,
+                    out_axes=(0, None),
+                ),
+                (self._state, self._batch_shapes(train_rows)),
+            )
+
+        def compile_all() -> dict[str, Any]:
+            with ThreadPoolExecutor() as pool:
+                jobs = {name: pool.submit(lambda f, a: f.lower(*a).compile(), *job) for name, job in functions.items()}
+                return {name: job.result() for name, job in jobs.items()}
+
+        self._clock.tick()
+        say('compiling …')
+        self._programs = self._interrupt.run(compile_all)
+        self._epoch_average = grid.pmap(make_epoch_average(parts.rule), donate_argnums=0)
+        self._clock.tick('compiling')
+
+    def loop(self) -> None:
+        """Makes updates until the end of the run, with evaluations, averages, checkpoints and rows on the way."""
+        parts, grid, layout = self.parts, self.parts.grid, self.parts.grid.layout
+        self._checkpoints.discard_after(self.position)
+        with writing(self.workdir, self.position):
+            self._report = Report(
+                self.workdir,
+                step=self.position,
+                total_steps=parts.total_steps,
+                epochs_per_step=layout.global_batch / parts.train_source.num_examples,
+                global_batch=layout.global_batch,
+                clock=self._clock,
+            )
+        self._round_off()  # an interrupted run may owe an evaluation
+        for batch in grid.prefetch(parts.train_batches(self.position), parts.config.input.prefetch):
+            if self._interrupt.requested():
+                self._leave()
+            self._state, metrics = self._programs['update'](self._state, batch)
+            self._read_waiting()
+            self._waiting = metrics
+            self.position += 1
+            if parts.rule.epoch_decay and self._epochs(self.position) > self._epochs(self.position - 1):
+                self._state = self._epoch_average(self._state)
+            self._round_off()
+        if self._interrupt.requested() and self.position < parts.total_steps:
+            self._leave()
+
+    def evaluate(self) -> bool:
+        """Evaluates the weights and their averages; False if interrupted."""
+        state = self._state
+        averages = {'': {'params': state.params, 'batch_stats': state.batch_stats}}
+        if state.epoch_average and self._epochs(self.position) > 0:
+            averages['_averaged'] = state.epoch_average
+        if state.update_average:
+            averages['_update_average'] = state.update_average
+        evaluation = {}
+        for name, variables in averages.items():
+            means = run_evaluation(
+                self._programs['evaluate'],
+                self.parts.grid,
+                self._cast(variables),
+                self.parts.evaluation_batches(),
+                stop=self._interrupt.requested,
+            )
+            if means is None:
+                return False
+            evaluation[f'test_accuracy{name}'] = means['accuracy']
+            if not name:
+                evaluation |= {'test_loss': means['loss'], 'test_top5': means['top5']}
+        self.evaluation, self._evaluated_at = evaluation, self.position
+        return True
+
+    def summarise(self) -> dict[str, Any]:
+        """Writes and returns summary.json, and says how the run ended."""
+        parts, layout, clock = self.parts, self.parts.grid.layout, self._clock
+        clock.tick()
+        state = self._fetch()
+        summary = {
+            'test_accuracy_averaged': None,
+            **self.evaluation,
+            'best_test_accuracy': self._best['accuracy'],
+            'best_step': self._best['step'],
+            'images_per_second': clock.steps * layout.global_batch / clock.training,
+            'compile_seconds': clock.compiling,
+            'seconds': clock.seconds,
+            'steps': self.position,
+            'skipped': int(state.skipped),
+            'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            'replicas': layout.replicas,
+            'stages': layout.stages,
+            'micro_batch': layout.micro_batch,
+            'accumulation': layout.accumulation,
+            'global_batch': layout.global_batch,
+            'policy': parts.rule.policy.name,
+            'seed': parts.config.seed,
+            'device': self.parts.grid.devices[0].device_kind,
+            'jax': jax.__version__,
+        }
+        with writing(self.workdir, self.position):
+            write_json(self.workdir / 'summary.json', summary)
+        say(
+            f'done: {self.position} steps in {duration(clock.seconds)} ({clock.compiling:.0f} s of it compiling), '
+            f'{summary["images_per_second"]:.0f} images/s',
+            f'test accuracy {evaluation_text(self.evaluation)}',
+        )
+        return summary
+
+    def close(self) -> None:
+        """Closes files and threads; everything worth keeping has been written before."""
+        self._checkpoints.close()
+        if self._report:
+            self._report.close()
+
+    def _round_off(self) -> None:
+        """After an update: evaluates, writes a row and saves, where each is due."""
+        parts, position = self.parts, self.position
+        last = position == parts.total_steps
+        evaluates = _due(position, parts.evaluate_every, last) and self._evaluated_at != position
+        saves = _due(position, parts.checkpoint_every, last) and self._saved_at != position
+        logs = _due(position, parts.log_every, last)
+        if position == 0 or not (evaluates or saves or logs):
+            return
+        self._read_waiting()
+        self._clock.tick('training')
+        if evaluates and not self.evaluate():
+            self._leave()
+        if evaluates and self.evaluation['test_accuracy'] > self._best['accuracy']:
+            self._best = {'accuracy': self.evaluation['test_accuracy'], 'step': position}
+            saves = True
+        self._clock.tick()
+        if evaluates or logs:
+            with writing(self.workdir, self._saved_at):
+                self._report.row(position, self.evaluation if evaluates else None)
+        if saves:
+            self._save()
+
+    def _read_waiting(self) -> None:
+        """Waits for the metrics of the last update but one read late, and stops a run that makes no progress."""
+        if self._waiting is None:
+            return
+        metrics, self._waiting = self._waiting, None
+        self._report.add(jax.device_get(metrics))
+        limit, in_row = self.parts.config.precision.max_skipped, int(metrics['skipped_in_row'])
+        if in_row >= limit:
+            raise RunError(
+                f'{in_row} updates in a row were not finite (precision.max_skipped={limit}), the last at step '
+                f'{self.position}; lower optimizer.rate_per_example or precision.initial_loss_scale; '
+                f'weights of step {self._saved_at} are saved in {self.workdir}'
+            )
+
+    def _leave(self) -> None:
+        """Saves and raises Interrupted."""
+        self._read_waiting()
+        self._clock.tick('training')
+        if self.position > self._saved_at:
+            self._save()
+        raise Interrupted(
+            self._interrupt.number,
+            f'saved at step {self._saved_at} of {self.parts.total_steps} in {self.workdir}; '
+            'the same command goes on from there',
+        )
+
+    def _save(self) -> None:
+        accuracy = self.evaluation['test_accuracy'] if self._evaluated_at == self.position else None
+        self._clock.tick()
+        facts = {
+            'evaluation': self.evaluation,
+            'evaluated_at': self._evaluated_at,
+            'best': self._best,
+            'clock': self._clock.facts(),
+        }
+        with writing(self.workdir, self._saved_at):
+            self._checkpoints.save(self.position, self._fetch(), facts, accuracy)
+        self._saved_at = self.position
+        self._clock.tick()
+
+    def _fetch(self) -> TrainState:
+        return self.parts.grid.fetch(self._state)
+
+    def _epochs(self, position: int) -> int:
+        """Returns how many whole epochs have gone by."""
+        return position * self.parts.config.global_batch // self.parts.train_source.num_examples
+
+    def _batch_shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        devices, size = len(self.parts.grid.devices), self.parts.config.image_size
+        return {
+            'image': jax.ShapeDtypeStruct((devices, rows, size, size, 3), np.uint8),
+            'label': jax.ShapeDtypeStruct((devices, rows), np.int32),
+            'mask': jax.ShapeDtypeStruct((devices, rows), np.float32),
+        }
+
+
+def _due(position: int, every: int, last: bool) -> bool:
+    """Tells whether something that happens every so many steps, and at the end, happens now."""
+    return last or (every > 0 and position % every == 0)

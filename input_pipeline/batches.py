@@ -1,0 +1,166 @@
+"""Batches for the training loop: checked requests in, NumPy dicts out, damaged images counted on the way.
+
+Everything that can be wrong with a request is said before work starts, in the words of the run's config.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+
+from input_pipeline import order
+from input_pipeline.errors import DataError
+from input_pipeline.sources import Source, check_labels
+
+log = logging.getLogger(__name__)
+
+CROPS = ('none', 'pad', 'distorted')
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    source: Source,
+    *,
+    image_size: int,
+    global_batch: int,
+    num_batches: int,
+    seed: int,
+    start_batch: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    crop: str = 'distorted',
+    pad: int = 0,
+    flip: bool = True,
+    prefetch: int = 3,
+    damaged_limit: int = 0,
+) -> Iterator[Batch]:
+    """This process's rows of the training batches start_batch … num_batches − 1.
+
+    The stream is endless and passes over the whole split again and again, each time in another order;
+    batches straddle epochs. What stands in row r of global batch b, crop and flip included, depends on the
+    seed, b and r only. Process k of P gets rows k·G/P … (k + 1)·G/P − 1 of a global batch of G.
+
+    Args:
+        source: what `open_source` returned.
+        image_size: side of the images in pixels.
+        global_batch: examples a batch, over all processes.
+        num_batches: length of the stream in batches, those before start_batch included.
+        seed: of the order and of all random draws, 0 ≤ seed < 2⁶⁴.
+        start_batch: first batch to produce; those before it are not read.
+        process_index: this process, from 0.
+        process_count: number of processes.
+        crop: 'distorted': a random box of 5-100 % of the area, for photographs; 'pad': the evaluation view,
+            padded by `pad` zero pixels and cut at random; 'none': the evaluation view.
+        pad: pixels on every side; means nothing to the other crops.
+        flip: mirror half of the images left to right.
+        prefetch: batches made ahead of the consumer.
+        damaged_limit: distinct images that this process may fail to decode before it gives up.
+
+    Returns:
+        An iterator of read-only arrays: 'image' uint8 [local, S, S, 3], 'label' int32 [local] and 'mask'
+        float32 [local] with local = global_batch / process_count. A damaged image is blank, label 0, mask 0.
+
+    Raises:
+        DataError: at once if the request makes no sense; while iterating, for damage or a wrong label.
+    """
+    _check(source, image_size, global_batch, process_index, process_count, damaged_limit)
+    _require(crop in CROPS, 'augment.crop', crop, f'one of {", ".join(CROPS)}')
+    _require(pad >= 0, 'augment.pad', pad, 'at least 0 pixels')
+    _require(0 <= seed < 2**64, 'seed', seed, 'from 0 to 2**64 - 1')
+    _require(0 <= start_batch <= num_batches, 'start_batch', start_batch, f'from 0 to num_batches = {num_batches}')
+    _require(prefetch >= 0, 'prefetch', prefetch, 'at least 0 batches')
+    from input_pipeline import pipeline  # here, not at the top: TensorFlow takes seconds to import
+
+    plan = pipeline.Plan(
+        examples=lambda rows: order.stream_rows(
+            seed, order.process_positions(rows, global_batch, process_index, process_count), source.num_examples
+        ),
+        batches=range(start_batch, num_batches),
+        local_batch=global_batch // process_count,
+        image_size=image_size,
+        crop=crop,
+        pad=pad,
+        flip=flip,
+        prefetch=prefetch,
+    )
+    return _checked(source, pipeline.host_batches(source, plan), damaged_limit)
+
+
+def evaluation_batches(
+    source: Source,
+    *,
+    image_size: int,
+    batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    damaged_limit: int = 0,
+) -> Iterator[Batch]:
+    """This process's rows of one pass over the split in index order; every process gets as many batches.
+
+    Photographs: short side to ⌊S·256/224⌋, then the central square. Images in memory: resized if need be.
+
+    Args:
+        source: what `open_source` returned.
+        image_size: side S of the images in pixels.
+        batch: examples a batch, over all processes.
+        process_index: this process, from 0.
+        process_count: number of processes.
+        damaged_limit: distinct images that this process may fail to decode before it gives up.
+
+    Returns:
+        As `train_batches`. The mask is 0 for the padding at the end as well, and 1 exactly once an example.
+
+    Raises:
+        DataError: at once if the request makes no sense; while iterating, for damage or a wrong label.
+    """
+    _check(source, image_size, batch, process_index, process_count, damaged_limit)
+    from input_pipeline import pipeline  # as above
+
+    plan = pipeline.Plan(
+        examples=lambda rows: order.sequential_rows(
+            order.process_positions(rows, batch, process_index, process_count), source.num_examples
+        ),
+        batches=range(-(-source.num_examples // batch)),
+        local_batch=batch // process_count,
+        image_size=image_size,
+    )
+    return _checked(source, pipeline.host_batches(source, plan), damaged_limit)
+
+
+def _require(condition: bool, field: str, value: object, right: str) -> None:
+    if not condition:
+        raise DataError(f'{field} = {value!r} must be {right}')
+
+
+def _check(
+    source: Source, image_size: int, batch: int, process_index: int, process_count: int, damaged_limit: int
+) -> None:
+    _require(image_size > 0, 'image_size', image_size, 'at least 1 pixel')
+    _require(process_count > 0, 'process_count', process_count, 'at least 1')
+    _require(0 <= process_index < process_count, 'process_index', process_index, f'from 0 to {process_count - 1}')
+    _require(
+        batch > 0 and batch % process_count == 0,
+        'global_batch',
+        batch,
+        f'a multiple of the {process_count} processes, at least one example each',
+    )
+    _require(damaged_limit >= 0, 'input.damaged_limit', damaged_limit, 'at least 0 images')
+
+
+def _checked(source: Source, batches: Iterator[Batch], damaged_limit: int) -> Iterator[Batch]:
+    """Drops 'index' once damage has been counted and the labels compared with the classes."""
+    damaged: dict[int, str] = {}
+    for batch in batches:
+        indices, mask, labels = batch['index'], batch['mask'], batch['label']
+        for index in indices[(mask == 0) & (indices >= 0)].tolist():
+            if index not in damaged:
+                damaged[index] = source.locate(index)
+                log.warning('skipping a damaged image: %s', damaged[index])
+        if len(damaged) > damaged_limit:
+            raise DataError(
+                f'{source.name}: {len(damaged)} damaged images, more than input.damaged_limit ='
+                f' {damaged_limit}: {", ".join(list(damaged.values())[:5])}'
+            )
+        check_labels(source, indices[mask > 0], labels[mask > 0])
+        yield {'image': batch['image'], 'label': np.where(mask > 0, labels, np.int32(0)), 'mask': mask}

@@ -1,0 +1,89 @@
+"""Image folders: <dir>/<split>/<class>/<image>, the layout that needs no preparation."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from input_pipeline.errors import DataError
+
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif')
+
+_LAYOUT = '<input.dir>/<split>/<class>/<image>.jpg'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderSource:
+    """A split in files: one path and one label an example, read when asked for."""
+
+    name: str
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    labels: np.ndarray
+    image_shape: None = None
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples."""
+        return len(self.paths)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of the files, empty where one cannot be read, and their labels."""
+        images = np.empty(len(indices), object)
+        images[:] = [_bytes_or_nothing(self.paths[index]) for index in indices]
+        return images, self.labels[indices]
+
+    def locate(self, index: int) -> str:
+        """Path of the image."""
+        return self.paths[index]
+
+
+def open_folder(root: pathlib.Path, split: str, train_split: str, field: str) -> FolderSource:
+    """Lists a split's images, classes and files in the order of their names.
+
+    Args:
+        root: input.dir.
+        split: folder to read below it.
+        train_split: folder whose class folders number the classes, for every split.
+        field: the config field that named the split.
+
+    Returns:
+        The source.
+
+    Raises:
+        DataError: if a folder is missing or empty, or holds a class that the training split lacks.
+    """
+    classes = _class_folders(root, train_split, 'input.train_split')
+    folders = _class_folders(root, split, field)
+    unknown = sorted(set(folders) - set(classes))
+    if unknown:
+        raise DataError(
+            f'{field} = {split!r}: {root / split} has class folders that {root / train_split} lacks:'
+            f' {", ".join(unknown[:5])}; the classes are those of the training split'
+        )
+    paths, labels = [], []
+    for name in folders:
+        files = [path for path in (root / split / name).iterdir() if path.suffix.lower() in EXTENSIONS]
+        paths += sorted(map(str, files))
+        labels += [classes.index(name)] * len(files)
+    if not paths:
+        raise DataError(f'{field} = {split!r}: no images ({", ".join(EXTENSIONS)}) below {root / split}/<class>/')
+    return FolderSource(f'folder {root / split}', tuple(classes), tuple(paths), np.array(labels, np.int32))
+
+
+def _class_folders(root: pathlib.Path, split: str, field: str) -> list[str]:
+    if not root.is_dir():
+        raise DataError(f'input.dir = {str(root)!r} is not a folder; expected {_LAYOUT}')
+    if not (root / split).is_dir():
+        raise DataError(f'{field} = {split!r}: there is no folder {root / split}; expected {_LAYOUT}')
+    names = sorted(p.name for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith('.'))
+    if not names:
+        raise DataError(f'{field} = {split!r}: {root / split} has no class folders; expected {_LAYOUT}')
+    return names
+
+
+def _bytes_or_nothing(path: str) -> bytes:
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError:
+        return b''

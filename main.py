@@ -1,0 +1,93 @@
+"""Trains or evaluates an EfficientNet.
+
+  python main.py --config=configs/digits.py --workdir=runs/digits
+  python main.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.seed=1 --config.replicas=8
+  python main.py --mode=evaluate --workdir=runs/digits
+
+configs/base.py names every field that --config.FIELD=VALUE can set. The same command again resumes a run.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+MODES = ('train', 'evaluate')
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, such as configs/digits.py.', lock_config=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, summary.')
+_MODE = flags.DEFINE_enum('mode', 'train', MODES, 'What to do; evaluate takes its config from the workdir.')
+_CPU_DEVICES = flags.DEFINE_integer(
+    'cpu_devices',
+    0,
+    'Virtual CPU devices to run on, to try replicas without accelerators; 0 = what there is.',
+    lower_bound=0,
+)
+
+
+def run(_: list[str]) -> None:
+    """Sets JAX up as the flags say and hands over."""
+    import jax
+
+    if _CPU_DEVICES.value:
+        jax.config.update('jax_platforms', 'cpu')
+        jax.config.update('jax_num_cpu_devices', _CPU_DEVICES.value)
+    if not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'efficientnet-jax' / 'xla'
+        jax.config.update('jax_compilation_cache_dir', str(cache))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+    from efficientnet import train
+
+    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    if _MODE.value == 'train':
+        train.train(_CONFIG.value, workdir)
+    else:
+        train.evaluate(_CONFIG.value, workdir)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags; whatever is wrong with them or with the config is one line."""
+    try:
+        rest = flags.FLAGS(argv)
+    except Exception as error:  # ml_collections raises AttributeError, TypeError, ValueError, … for a bad override
+        leave(error)
+    if len(rest) > 1:
+        leave(f'unexpected argument {rest[1]!r}; flags start with --')
+    if not _WORKDIR.value:
+        leave('--workdir is missing, such as --workdir=runs/digits')
+    if _MODE.value == 'train' and _CONFIG.value is None:
+        leave('--config is missing, such as --config=configs/digits.py')
+    return rest
+
+
+def leave(problem: object) -> None:
+    """Ends the process with one line and status 2."""
+    text = ' '.join(str(problem).split())
+    print(f'error: {text}', file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Runs, and turns mistakes the user can mend into one line."""
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # before jax or tensorflow is imported
+    from efficientnet.errors import ConfigError, RunError
+    from efficientnet.interrupt import Interrupted
+    from input_pipeline.errors import DataError
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            run(argv)
+        except (ConfigError, DataError, RunError) as error:
+            leave(error)
+        except Interrupted as error:
+            print(error, flush=True)
+            os._exit(128 + error.number)  # a compilation left behind in a thread would delay a normal exit
+
+    app.run(guarded, flags_parser=parse)
+
+
+if __name__ == '__main__':
+    main()

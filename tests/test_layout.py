@@ -1,0 +1,55 @@
+"""Batch arithmetic, against the reference's own table and at its edges."""
+
+import pytest
+
+from efficientnet.errors import ConfigError
+from efficientnet.layout import largest_replicas, make_layout
+
+
+def layout(**changes):
+    sizes = {'global_batch': 96, 'micro_batch': 4, 'replicas': 2, 'stages': 1, 'splits': (), 'devices': 8}
+    return make_layout(**(sizes | changes))
+
+
+@pytest.mark.parametrize(('replicas', 'accumulation'), [(8, 256), (16, 128), (32, 64), (64, 32), (128, 16)])
+def test_reference_table(replicas, accumulation):
+    found = layout(global_batch=6144, micro_batch=3, replicas=replicas, devices=256)
+    assert found.accumulation == accumulation
+    assert found.global_batch == 6144
+    assert found.rows == 3 * accumulation
+
+
+def test_open_replicas_take_all_devices():
+    found = layout(replicas=0)
+    assert (found.replicas, found.devices, found.accumulation) == (8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'global_batch': 97}, ['global_batch=97', 'global_batch=96 or 104']),
+        ({'global_batch': 90}, ['global_batch=88 or 96', 'micro_batch=3 or 5']),
+        ({'global_batch': 5}, ['global_batch=8 would be']),
+        ({'replicas': 9}, ['replicas=9', 'there are 8', 'replicas=8', '--cpu_devices=9']),
+        ({'micro_batch': 0}, ['micro_batch=0', 'at least 1']),
+        ({'replicas': -1}, ['replicas=-1', 'at least 0']),
+        ({'stages': 2}, ['stages=2', 'stages=1']),
+        ({'splits': ('block4a',)}, ['block4a']),
+    ],
+)
+def test_sizes_that_do_not_work(changes, words):
+    with pytest.raises(ConfigError) as caught:
+        layout(**changes)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_proposals_work():
+    for size in (88, 96):
+        assert layout(global_batch=size).global_batch == size
+    for size in (3, 5):
+        assert layout(global_batch=90, micro_batch=size).global_batch == 90
+
+
+@pytest.mark.parametrize(('batch', 'devices', 'expected'), [(96, 8, 8), (6, 4, 3), (7, 4, 1), (1, 8, 1)])
+def test_largest_replicas(batch, devices, expected):
+    assert largest_replicas(batch, devices) == expected

@@ -1,0 +1,23 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficientnet.random_keys import purpose_key, sample_keys
+
+
+def test_purposes_seeds_steps_and_samples_differ():
+    data = {
+        tuple(np.asarray(jax.random.key_data(key)).tolist())
+        for seed in range(2)
+        for purpose in ('weights', 'samples', 'rounding')
+        for step in range(2)
+        for key in sample_keys(purpose_key(seed, purpose), jnp.int32(step), jnp.arange(4))
+    }
+    assert len(data) == 2 * 3 * 2 * 4
+
+
+def test_a_sample_keeps_its_key_whoever_computes_it():
+    key = purpose_key(0, 'samples')
+    whole = jax.random.key_data(sample_keys(key, jnp.int32(5), jnp.arange(8)))
+    part = jax.random.key_data(sample_keys(key, jnp.int32(5), jnp.arange(4, 8)))
+    np.testing.assert_array_equal(whole[4:], part)

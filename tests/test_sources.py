@@ -1,0 +1,100 @@
+"""Digits and image folders: what is in a split, in which order, and what is said when it cannot be."""
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn import datasets
+
+from input_pipeline import DataError, open_source
+from input_pipeline.sources import ArraySource
+
+
+def test_importing_the_room_does_not_import_tensorflow():
+    code = "import sys, input_pipeline; sys.exit(bool({'tensorflow', 'sklearn', 'jax'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+
+
+def test_digits_are_split_once_for_all_stratified_and_disjoint():
+    train, test = open_source('digits', 'train'), open_source('digits', 'test')
+    assert (train.num_examples, test.num_examples) == (1437, 360)
+    assert train.classes == tuple('0123456789')
+    whole = datasets.load_digits()
+    share = np.bincount(test.labels) / np.bincount(whole.target)
+    assert np.abs(share - 360 / 1797).max() < 0.006  # less than one example of a class away
+    want = np.round(whole.images * 255 / 16).astype(np.uint8).reshape(-1, 64).tolist()
+    got = np.concatenate([train.images, test.images])[..., 0].reshape(-1, 64).tolist()
+    assert sorted(got) == sorted(want)
+    digest = hashlib.sha256(test.images.tobytes() + test.labels.astype('<i4').tobytes()).hexdigest()
+    assert digest[:16] == '0ff0db206f2cc83a'  # accuracies on another split cannot be compared
+
+
+def test_digits_are_grey_rgb_bytes_over_the_full_range():
+    source = open_source('digits', 'train')
+    assert source.image_shape == (8, 8, 3)
+    assert source.images.dtype == np.uint8
+    assert (source.images.min(), source.images.max()) == (0, 255)
+    assert (source.images == source.images[..., :1]).all()
+
+
+def test_digits_know_two_splits():
+    with pytest.raises(DataError, match=r"input.test_split = 'validation' must be one of train, test"):
+        open_source('digits', 'validation')
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/{cat,dog}, test/dog; the contents of a file are its name."""
+    for path in ('train/dog/b.jpg', 'train/dog/a.PNG', 'train/cat/x.jpeg', 'test/dog/t.jpg', 'train/cat/notes.txt'):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(path.encode())
+    return tmp_path
+
+
+def test_a_folder_is_read_in_the_order_of_names(folder):
+    source = open_source('folder', 'train', str(folder))
+    assert source.classes == ('cat', 'dog')
+    images, labels = source.read(np.arange(3))
+    assert images.tolist() == [b'train/cat/x.jpeg', b'train/dog/a.PNG', b'train/dog/b.jpg']
+    assert labels.tolist() == [0, 1, 1]
+    assert labels.dtype == np.int32
+    assert source.locate(2) == str(folder / 'train/dog/b.jpg')
+
+
+def test_classes_are_those_of_the_training_split(folder):
+    test = open_source('folder', 'test', str(folder))
+    assert test.classes == ('cat', 'dog')
+    assert test.read(np.array([0]))[1].tolist() == [1]
+
+
+def test_a_file_that_vanished_reads_as_nothing(folder):
+    source = open_source('folder', 'train', str(folder))
+    (folder / 'train/dog/b.jpg').unlink()
+    assert source.read(np.array([2, 0]))[0].tolist() == [b'', b'train/cat/x.jpeg']
+
+
+def test_folder_errors_name_what_was_looked_for(folder):
+    layout = '<split>/<class>/<image>'
+    with pytest.raises(DataError, match=f"input.dir = 'nowhere' is not a folder; expected .*{layout}"):
+        open_source('folder', 'train', 'nowhere')
+    with pytest.raises(DataError, match=f"input.test_split = 'val': there is no folder {folder}/val.*{layout}"):
+        open_source('folder', 'val', str(folder))
+    with pytest.raises(DataError, match=r'input.dir = None must name a folder'):
+        open_source('folder', 'train')
+    (folder / 'test/bird').mkdir()
+    with pytest.raises(DataError, match=r'input.test_split.*class folders that .*train lacks: bird'):
+        open_source('folder', 'test', str(folder))
+    (folder / 'empty/cat').mkdir(parents=True)
+    with pytest.raises(DataError, match=r"input.train_split = 'empty': no images"):
+        open_source('folder', 'empty', str(folder), train_split='empty')
+    (folder / 'flat').mkdir()
+    with pytest.raises(DataError, match=r"input.train_split = 'flat': .* has no class folders"):
+        open_source('folder', 'flat', str(folder), train_split='flat')
+
+
+@pytest.mark.parametrize('label', [-1, 2])
+def test_labels_of_arrays_are_checked_at_once(label):
+    with pytest.raises(DataError, match=f'toy: example 1 .*has label {label}, must be 0 to 1 with 2 classes'):
+        ArraySource('toy', ('a', 'b'), np.zeros((3, 2, 2, 3), np.uint8), np.array([0, label, 9], np.int32))

@@ -1,0 +1,63 @@
+"""The smallest run that still has every part: two MBConv blocks on 8×8 digits."""
+
+import dataclasses
+
+import jax
+import ml_collections
+import numpy as np
+
+from configs import base
+from efficientnet import random_keys
+from efficientnet.assemble import Parts, assemble
+from efficientnet.update import TrainState, make_update
+
+
+def tiny_config(**changes: object) -> ml_collections.ConfigDict:
+    """Returns a config for the digits in seconds; `changes` are dotted names with _ _ for the dot."""
+    config = base.get_config()
+    config.dataset = 'digits'
+    config.image_size = 8
+    config.steps = 6
+    config.global_batch = 16
+    config.micro_batch = 8
+    config.replicas = 1
+    config.model.width = 0.25
+    config.model.depth = 0.1
+    config.model.stem_stride = 1
+    config.model.dropout = 0.2
+    config.precision.policy = '32.32'
+    config.optimizer.rate_per_example = 2.0**-6
+    config.augment.crop = 'pad'
+    config.augment.pad = 1
+    config.augment.flip = False
+    config.evaluation.every = '3 steps'
+    config.evaluation.batch = 60
+    config.checkpoint.every = '3 steps'
+    config.log_every = '2 steps'
+    for name, value in changes.items():
+        *path, last = name.split('__')
+        target = config
+        for part in path:
+            target = target[part]
+        target[last] = value
+    return config
+
+
+def tiny_parts(blocks: int = 2, **changes: object) -> Parts:
+    """Assembles a tiny run whose network has only the first few MBConv blocks."""
+    parts = assemble(tiny_config(**changes))
+    spec = dataclasses.replace(parts.model.spec, blocks=parts.model.spec.blocks[:blocks], head_channels=32)
+    return dataclasses.replace(parts, model=parts.model.clone(spec=spec))
+
+
+def run_updates(parts: Parts, count: int, state: TrainState | None = None) -> tuple[TrainState, list[dict]]:
+    """Makes updates from the start of the data; returns the host state and the metrics of each."""
+    key = random_keys.purpose_key(parts.config.seed, 'samples')
+    update = make_update(parts.model, parts.optimizer, parts.grid.layout, parts.rule, key)
+    program = parts.grid.pmap(update, out_axes=(0, None))
+    state = parts.grid.replicate(jax.device_get(parts.init_state() if state is None else state))
+    metrics = []
+    for _, batch in zip(range(count), parts.grid.prefetch(parts.train_batches(0), 1), strict=False):
+        state, found = program(state, batch)
+        metrics.append({name: np.asarray(value) for name, value in found.items()})
+    return parts.grid.fetch(state), metrics
