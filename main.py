@@ -11,7 +11,7 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 MODES = ('train', 'evaluate')
@@ -29,6 +29,7 @@ _CPU_DEVICES = flags.DEFINE_integer(
 
 def run(_: list[str]) -> None:
     """Sets JAX up as the flags say and hands over."""
+    logging.set_verbosity(logging.WARNING)  # absl's default for programs would pass on every library's chatter
     import jax
 
     if _CPU_DEVICES.value:

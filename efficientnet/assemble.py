@@ -18,6 +18,7 @@ from efficientnet.layout import make_layout
 from efficientnet.loss_scale import LossScale
 from efficientnet.model import EfficientNet
 from efficientnet.optimizers import make_optimizer
+from efficientnet.packing import Packings, make_packing
 from efficientnet.precision import policy as policy_of
 from efficientnet.schedules import warmup_schedule
 from efficientnet.settings import Fields, check_known, check_used
@@ -35,6 +36,7 @@ class Parts:
     test_source: input_pipeline.Source
     grid: Grid
     model: EfficientNet
+    packings: Packings
     optimizer: optax.GradientTransformation
     rule: UpdateRule
     total_steps: int
@@ -43,20 +45,21 @@ class Parts:
     log_every: int
 
     def init_variables(self) -> Tree:
-        """Draws the initial weights: {'params': …, 'batch_stats': …}, fp32, from the seed alone."""
-        size = self.config.image_size
-        images = jax.ShapeDtypeStruct((1, size, size, 3), self.rule.policy.compute)
-        key = random_keys.purpose_key(self.config.seed, 'weights')
-        init = functools.partial(self.model.init, train=False)
-        return jax.jit(lambda key: init(key, jax.numpy.zeros(images.shape, images.dtype)))(key)
+        """Draws the initial weights: plain {'params': …, 'batch_stats': …}, fp32, from the seed alone."""
+        return jax.jit(functools.partial(_init_variables, self.model, self.config.image_size))(
+            random_keys.purpose_key(self.config.seed, 'weights')
+        )
 
     def init_state(self) -> TrainState:
-        """Returns the state before the first update."""
-        return jax.jit(lambda variables: init_state(variables, self.optimizer, self.rule))(self.init_variables())
+        """Returns the packed state before the first update."""
+        build = functools.partial(init_state, optimizer=self.optimizer, packings=self.packings, rule=self.rule)
+        return jax.jit(build)(self.init_variables())
 
     def state_shapes(self) -> TrainState:
-        """Returns the shapes and dtypes of the state without computing it."""
-        return jax.eval_shape(self.init_state)
+        """Returns the shapes and dtypes of the packed state without computing it."""
+        shapes = {name: packing.unpacked_shapes() for name, packing in self.packings._asdict().items()}
+        build = functools.partial(init_state, optimizer=self.optimizer, packings=self.packings, rule=self.rule)
+        return jax.eval_shape(build, shapes)
 
     def train_batches(self, position: int) -> Any:
         """Yields host batches from a position in the endless stream of training examples."""
@@ -108,6 +111,8 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
     train_source, test_source = _open_sources(fields)
     model = _make_model(fields.model, len(train_source.classes), policy.compute)
 
+    packings = _make_packings(model, fields.image_size)
+
     steps_of = functools.partial(to_steps, num_examples=train_source.num_examples, global_batch=layout.global_batch)
     total_steps = fields.steps or steps_of('epochs', f'{fields.epochs} epochs', total_steps=None)
     if total_steps < 1:
@@ -117,7 +122,7 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
         )
     steps_of = functools.partial(steps_of, total_steps=total_steps)
     schedule = _make_schedule(fields, steps_of, total_steps)
-    optimizer = _make_optimizer(fields, schedule, policy)
+    optimizer = _make_optimizer(fields, schedule, policy, packings)
     rule = UpdateRule(
         policy=policy,
         loss_scale=LossScale(fields.precision.loss_scale, fields.precision.initial_loss_scale),
@@ -138,6 +143,7 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
         test_source=test_source,
         grid=Grid(layout),
         model=model,
+        packings=packings,
         optimizer=optimizer,
         rule=rule,
         total_steps=total_steps,
@@ -213,6 +219,17 @@ def _make_model(fields: Fields, classes: int, compute: Any) -> EfficientNet:
     )
 
 
+def _init_variables(model: EfficientNet, image_size: int, key: jax.Array) -> Tree:
+    return model.init(key, jax.numpy.zeros((1, image_size, image_size, 3), model.dtype), train=False)
+
+
+def _make_packings(model: EfficientNet, image_size: int) -> Packings:
+    """Traces the model once for the names and shapes of its variables; what cannot be built is found here."""
+    key = random_keys.purpose_key(0, 'weights')
+    variables = jax.eval_shape(functools.partial(_init_variables, model, image_size), key)
+    return Packings(make_packing(variables['params']), make_packing(variables.get('batch_stats', {})))
+
+
 def _make_schedule(fields: Fields, steps_of: Any, total_steps: int) -> optax.Schedule:
     s = fields.schedule
     options: dict[str, Any] = {
@@ -232,7 +249,9 @@ def _make_schedule(fields: Fields, steps_of: Any, total_steps: int) -> optax.Sch
     )
 
 
-def _make_optimizer(fields: Fields, schedule: optax.Schedule, policy: Any) -> optax.GradientTransformation:
+def _make_optimizer(
+    fields: Fields, schedule: optax.Schedule, policy: Any, packings: Packings
+) -> optax.GradientTransformation:
     o = fields.optimizer
     options: dict[str, Any] = {
         'lars': lambda: {
@@ -249,6 +268,7 @@ def _make_optimizer(fields: Fields, schedule: optax.Schedule, policy: Any) -> op
         policy=policy,
         rounding=fields.precision.rounding,
         key=random_keys.purpose_key(fields.seed, 'rounding'),
+        packing=packings.params,
         momentum=o.momentum,
         weight_decay=o.weight_decay,
         **options.get(o.name, dict)(),

@@ -10,21 +10,24 @@ import numpy as np
 from efficientnet import losses
 from efficientnet.grid import AXIS, Grid
 from efficientnet.model import EfficientNet
+from efficientnet.packing import Packings
 from efficientnet.update import Batch, UpdateRule, normalise
 
 Tree = Any
 
 
-def make_evaluate(model: EfficientNet, rule: UpdateRule) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
+def make_evaluate(
+    model: EfficientNet, packings: Packings, rule: UpdateRule
+) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
     """Returns the per-device function that sums loss and hits over a batch and over the axis `AXIS`.
 
-    It takes {'params' in the compute dtype, 'batch_stats' in fp32} and a batch; the sums are 'loss', 'top1', 'top5',
-    'count', fp32 and equal on all devices.
+    It takes packed {'params' in the compute dtype, 'batch_stats' in fp32} and a batch; the sums are 'loss',
+    'top1', 'top5' and 'count', fp32 and equal on all devices.
     """
 
     def evaluate(variables: Tree, batch: Batch) -> dict[str, jax.Array]:
         images = normalise(batch['image'], rule.mean, rule.std, rule.policy.compute)
-        logits = model.apply(variables, images, train=False)
+        logits = model.apply(packings.unpack(variables), images, train=False)
         label, counted = batch['label'], batch['mask'] > 0
         # A masked row is all zeros; where() also keeps a non-finite loss of such a row out of the sum.
         loss = jnp.where(counted, losses.cross_entropy(logits, label), 0.0)
@@ -52,7 +55,7 @@ def run_evaluation(
     Args:
         evaluate: The mapped function of `make_evaluate`.
         grid: Where it runs.
-        variables: On the grid.
+        variables: Packed, on the grid.
         batches: Host batches; rows divide by the number of devices.
         stop: Asked between batches; True gives the evaluation up.
 

@@ -5,21 +5,27 @@ norms unless told otherwise, and takes norms in the gradient's own format, where
 trust ratio silently becomes 1. `optax.rmsprop` starts its mean square at zero and scales after momentum.
 Each optimizer here is a few lines of fp32 arithmetic over weights of any format.
 
+Weights, gradients and state are packed (see packing.py): [rows, ROW] each, where what differs from array to
+array, such as trust ratios, is one number a row. The padding's gradients are zero, and so are its updates.
+
 Counting: the n-th update of a run, counted from 1, uses `schedule(n)`. The first therefore already moves the
 weights, and the last, n = T, uses the final rate.
 """
 
 import inspect
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from efficientnet.errors import ConfigError
+from efficientnet.packing import ROW, Packing
 from efficientnet.precision import FP32, Policy
-from efficientnet.stochastic_rounding import path_name, round_updates, store_state_as
+from efficientnet.stochastic_rounding import round_updates, store_state_as
 
 
 class Treatment(NamedTuple):
@@ -30,9 +36,9 @@ class Treatment(NamedTuple):
 
 
 def treatment(name: str) -> Treatment:
-    """Says how optimizers treat the parameter whose own name (the last of its path) is `name`.
+    """Says how optimizers treat the parameter called `name`; only its own name, the last of a path, counts.
 
-    | name          | adapted | decayed | what it is                                     |
+    | own name      | adapted | decayed | what it is                                     |
     | ------------- | ------- | ------- | ---------------------------------------------- |
     | bias, scale   | no      | no      | of norms (β, γ), convolutions and dense layers |
     | proxy_…       | no      | yes     | proxy norm's β', γ', decayed towards no change |
@@ -41,30 +47,32 @@ def treatment(name: str) -> Treatment:
     The reference's RMSProp decays biases of convolutions and dense layers as well; at its 1e-5 that is
     nothing.
     """
-    if name in ('bias', 'scale'):
+    own_name = name.rpartition('/')[2]
+    if own_name in ('bias', 'scale'):
         return Treatment(adapted=False, decayed=False)
-    if name.startswith('proxy_'):
+    if own_name.startswith('proxy_'):
         return Treatment(adapted=False, decayed=True)
     return Treatment(adapted=True, decayed=True)
 
 
 class MomentumState(NamedTuple):
-    """Updates made so far, int32 [], and the momentum buffer, shaped as the weights."""
+    """Updates made so far, int32 [], and the momentum buffer, fp32 [rows, ROW]."""
 
     count: jax.Array
-    momentum: optax.Updates
+    momentum: jax.Array
 
 
 class RmspropState(NamedTuple):
-    """Updates made so far, int32 [], and running mean square and momentum buffer, shaped as the weights."""
+    """Updates made so far, int32 [], and running mean square and momentum buffer, fp32 [rows, ROW]."""
 
     count: jax.Array
-    mean_square: optax.Updates
-    momentum: optax.Updates
+    mean_square: jax.Array
+    momentum: jax.Array
 
 
 def lars(
     learning_rate: optax.ScalarOrSchedule,
+    packing: Packing,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     trust_coefficient: float = 0.001,
@@ -84,6 +92,7 @@ def lars(
 
     Args:
         learning_rate: A number, or a schedule of the update's number (int32 [], from 1).
+        packing: Of the weights.
         momentum: μ, in [0, 1).
         weight_decay: β.
         trust_coefficient: η.
@@ -91,37 +100,38 @@ def lars(
         nesterov: Look one momentum step ahead.
 
     Returns:
-        A transformation from fp32 gradients, and weights of any format, to fp32 updates.
+        A transformation from packed fp32 gradients, and weights of any format, to fp32 updates.
 
     Source: You et al., https://arxiv.org/abs/1708.03888; the rate's place as in the MLPerf reference.
     """
+    adapted = np.array([treatment(name).adapted for name in packing.names], bool)
+    decay = _to_rows(np.where(adapted, weight_decay, 0.0), packing)
 
-    def init(params: optax.Params) -> MomentumState:
-        return MomentumState(count=jnp.zeros((), jnp.int32), momentum=_full_like(params, 0.0))
+    def norms(rows: jax.Array) -> jax.Array:
+        """Euclidean norm of each array, fp32 [arrays]."""
+        return jnp.sqrt(_array_sums(jnp.sum(jnp.square(rows), axis=1), packing))
 
-    def update(grads: optax.Updates, state: MomentumState, params: optax.Params) -> tuple[optax.Updates, MomentumState]:
+    def init(params: jax.Array) -> MomentumState:
+        return MomentumState(count=jnp.zeros((), jnp.int32), momentum=jnp.zeros(params.shape, FP32))
+
+    def update(grads: jax.Array, state: MomentumState, params: jax.Array) -> tuple[jax.Array, MomentumState]:
         rate = _rate(learning_rate, state.count)
-
-        def scaled_step(path: tuple[Any, ...], g: jax.Array, w: jax.Array) -> jax.Array:
-            if not treatment(path_name(path[-1:])).adapted:
-                return rate * g
-            w = w.astype(FP32)
-            w_norm, g_norm = jnp.sqrt(jnp.sum(jnp.square(w))), jnp.sqrt(jnp.sum(jnp.square(g)))
-            both = (w_norm > 0) & (g_norm > 0)
-            denominator = jnp.where(both, g_norm + weight_decay * w_norm + eps, 1.0)
-            trust = jnp.where(both, trust_coefficient * w_norm / denominator, 1.0)
-            return rate * trust * (g + weight_decay * w)
-
-        steps = jax.tree_util.tree_map_with_path(scaled_step, grads, params)
-        buffer = jax.tree.map(lambda m, step: momentum * m + step, state.momentum, steps)
-        ahead = jax.tree.map(lambda m, step: momentum * m + step, buffer, steps) if nesterov else buffer
-        return jax.tree.map(jnp.negative, ahead), MomentumState(count=state.count + 1, momentum=buffer)
+        params = params.astype(FP32)
+        w_norm, g_norm = norms(params), norms(grads)
+        both = (w_norm > 0) & (g_norm > 0)
+        denominator = jnp.where(both, g_norm + weight_decay * w_norm + eps, 1.0)
+        trust = jnp.where(adapted & both, trust_coefficient * w_norm / denominator, 1.0)
+        step = rate * trust[packing.owners][:, None] * (grads + decay * params)
+        buffer = momentum * state.momentum + step
+        ahead = momentum * buffer + step if nesterov else buffer
+        return -ahead, MomentumState(count=state.count + 1, momentum=buffer)
 
     return optax.GradientTransformation(init, update)
 
 
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule,
+    packing: Packing,
     decay: float = 0.9,
     momentum: float = 0.9,
     eps: float = 1e-3,
@@ -140,35 +150,42 @@ def rmsprop(
 
     Args:
         learning_rate: A number, or a schedule of the update's number (int32 [], from 1).
+        packing: Of the weights.
         decay: Of the mean square, in [0, 1).
         momentum: In [0, 1).
-        eps: Added to the mean square.
+        eps: Added to the mean square, above 0.
         weight_decay: Added to the gradient, times the weight.
 
     Returns:
-        A transformation from fp32 gradients, and weights of any format, to fp32 updates.
+        A transformation from packed fp32 gradients, and weights of any format, to fp32 updates.
+
+    Raises:
+        ConfigError: eps is not above 0.
 
     Source: `tf.compat.v1.train.RMSPropOptimizer`.
     """
 
-    def init(params: optax.Params) -> RmspropState:
-        zeros, ones = _full_like(params, 0.0), _full_like(params, 1.0)
-        return RmspropState(count=jnp.zeros((), jnp.int32), mean_square=ones, momentum=zeros)
+    if eps <= 0:  # the padding, of which mean square and gradient are zero, would become 0 / 0
+        raise ConfigError(f'optimizer.epsilon={eps} must be above 0 for rmsprop')
+    decays = _weight_decays(weight_decay, packing)
 
-    def update(grads: optax.Updates, state: RmspropState, params: optax.Params) -> tuple[optax.Updates, RmspropState]:
+    def init(params: jax.Array) -> RmspropState:
+        zeros = jnp.zeros(params.shape, FP32)
+        return RmspropState(count=jnp.zeros((), jnp.int32), mean_square=_ones(packing), momentum=zeros)
+
+    def update(grads: jax.Array, state: RmspropState, params: jax.Array) -> tuple[jax.Array, RmspropState]:
         rate = _rate(learning_rate, state.count)
-        grads = _with_decay(grads, params, weight_decay)
-        mean_square = jax.tree.map(lambda s, g: decay * s + (1 - decay) * jnp.square(g), state.mean_square, grads)
-        buffer = jax.tree.map(
-            lambda m, g, s: momentum * m + rate * g / jnp.sqrt(s + eps), state.momentum, grads, mean_square
-        )
-        return jax.tree.map(jnp.negative, buffer), RmspropState(state.count + 1, mean_square, buffer)
+        grads = grads + decays * params.astype(FP32)
+        mean_square = decay * state.mean_square + (1 - decay) * jnp.square(grads)
+        buffer = momentum * state.momentum + rate * grads / jnp.sqrt(mean_square + eps)
+        return -buffer, RmspropState(state.count + 1, mean_square, buffer)
 
     return optax.GradientTransformation(init, update)
 
 
 def sgd(
     learning_rate: optax.ScalarOrSchedule,
+    packing: Packing,
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float = 0.0,
@@ -180,25 +197,27 @@ def sgd(
 
     Args:
         learning_rate: A number, or a schedule of the update's number (int32 [], from 1).
+        packing: Of the weights.
         momentum: In [0, 1).
         nesterov: Look one momentum step ahead.
         weight_decay: Added to the gradient, times the weight.
 
     Returns:
-        A transformation from fp32 gradients, and weights of any format, to fp32 updates.
+        A transformation from packed fp32 gradients, and weights of any format, to fp32 updates.
 
     Source: Sutskever et al., http://proceedings.mlr.press/v28/sutskever13.html, with the rate moved out.
     """
+    decays = _weight_decays(weight_decay, packing)
 
-    def init(params: optax.Params) -> MomentumState:
-        return MomentumState(count=jnp.zeros((), jnp.int32), momentum=_full_like(params, 0.0))
+    def init(params: jax.Array) -> MomentumState:
+        return MomentumState(count=jnp.zeros((), jnp.int32), momentum=jnp.zeros(params.shape, FP32))
 
-    def update(grads: optax.Updates, state: MomentumState, params: optax.Params) -> tuple[optax.Updates, MomentumState]:
+    def update(grads: jax.Array, state: MomentumState, params: jax.Array) -> tuple[jax.Array, MomentumState]:
         rate = _rate(learning_rate, state.count)
-        grads = _with_decay(grads, params, weight_decay)
-        buffer = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, grads)
-        ahead = jax.tree.map(lambda m, g: momentum * m + g, buffer, grads) if nesterov else buffer
-        return jax.tree.map(lambda m: -rate * m, ahead), MomentumState(state.count + 1, momentum=buffer)
+        grads = grads + decays * params.astype(FP32)
+        buffer = momentum * state.momentum + grads
+        ahead = momentum * buffer + grads if nesterov else buffer
+        return -rate * ahead, MomentumState(state.count + 1, momentum=buffer)
 
     return optax.GradientTransformation(init, update)
 
@@ -216,6 +235,7 @@ def make_optimizer(
     policy: Policy,
     rounding: str,
     key: jax.Array,
+    packing: Packing,
     **options: float,
 ) -> optax.GradientTransformation:
     """Builds an optimizer whose state and weights are stored as the policy says.
@@ -226,6 +246,7 @@ def make_optimizer(
         policy: Formats of weights and optimizer state.
         rounding: Of both where they are 16-bit, 'stochastic' or 'nearest'.
         key: Typed PRNG key of the rounding, the same on every replica and stage.
+        packing: Of the weights.
         **options: Of that optimizer.
 
     Returns:
@@ -233,17 +254,18 @@ def make_optimizer(
         state shows as infinity in the updates or the new state: check both before keeping either.
 
     Raises:
-        ConfigError: Unknown optimizer, option or rounding.
+        ConfigError: Unknown optimizer, option or rounding, or an option out of range.
     """
     if name not in OPTIMIZERS:
         raise ConfigError(f'optimizer.name={name!r} is unknown; choose one of {", ".join(OPTIMIZERS)}')
-    known = [option for option in inspect.signature(OPTIMIZERS[name]).parameters if option != 'learning_rate']
+    _, _, *known = inspect.signature(OPTIMIZERS[name]).parameters
     for option in options:
         if option not in known:
             raise ConfigError(f'optimizer.{option} is no option of {name}, which has {", ".join(known)}')
-    optimizer = OPTIMIZERS[name](learning_rate, **options)
+    optimizer = OPTIMIZERS[name](learning_rate, packing, **options)
     return optax.chain(
-        store_state_as(optimizer, policy.state, rounding, key), round_updates(policy.master, rounding, key)
+        store_state_as(optimizer, packing, policy.state, rounding, key),
+        round_updates(packing, policy.master, rounding, key),
     )
 
 
@@ -252,14 +274,32 @@ def _rate(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> optax.Scal
     return learning_rate(count + 1) if callable(learning_rate) else learning_rate
 
 
-def _full_like(params: optax.Params, value: float) -> optax.Updates:
-    return jax.tree.map(lambda w: jnp.full(w.shape, value, FP32), params)
+def _to_rows(values: np.ndarray, packing: Packing) -> np.ndarray:
+    """Repeats one number per array for each of the array's rows, fp32 [rows, 1]."""
+    return values.astype(FP32)[packing.owners][:, None]
 
 
-def _with_decay(grads: optax.Updates, params: optax.Params, weight_decay: float) -> optax.Updates:
-    """Adds weight_decay · w to the gradients of the parameters that `treatment` decays."""
+def _array_sums(values: jax.Array, packing: Packing) -> jax.Array:
+    """Sums one number per row over the rows of each array, [rows] -> [arrays].
 
-    def decayed(path: tuple[Any, ...], g: jax.Array, w: jax.Array) -> jax.Array:
-        return g + weight_decay * w.astype(FP32) if treatment(path_name(path[-1:])).decayed else g
+    It gathers into [arrays, most rows of one] and sums that. `jax.ops.segment_sum` scatters, which XLA does in any
+    order on a GPU, so that the weights of replicas would drift apart, and slowly (openxla/xla issue 46225).
+    """
+    counts = np.array(packing.counts, np.int32)
+    starts = np.cumsum(counts, dtype=np.int32) - counts
+    places = jnp.arange(counts.max(initial=0), dtype=jnp.int32)[None]
+    gathered = values.at[jnp.asarray(starts)[:, None] + places].get(mode='clip')
+    return jnp.sum(jnp.where(places < counts[:, None], gathered, 0.0), axis=1)
 
-    return jax.tree_util.tree_map_with_path(decayed, grads, params)
+
+def _weight_decays(weight_decay: float, packing: Packing) -> np.ndarray:
+    """The weight decay of each row, fp32 [rows, 1]: zero where `treatment` does not decay its array."""
+    decayed = np.array([treatment(name).decayed for name in packing.names], bool)
+    return _to_rows(np.where(decayed, weight_decay, 0.0), packing)
+
+
+def _ones(packing: Packing) -> jax.Array:
+    """One for every number of the arrays and zero in the padding, fp32 [rows, ROW]."""
+    sizes = np.array([math.prod(shape) for shape in packing.shapes], np.int32)
+    left = sizes[packing.owners] - ROW * packing.indices.astype(np.int32)  # from each row's start to its array's end
+    return (np.arange(ROW, dtype=np.int32)[None] < jnp.asarray(left)[:, None]).astype(FP32)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import pathlib
 import time
 from typing import Any
@@ -55,11 +56,11 @@ def describe(parts: Parts) -> list[str]:
     """Returns the lines that say what is about to be run on what."""
     config, layout, policy = parts.config, parts.grid.layout, parts.rule.policy
     model, train, test = config.model, parts.train_source, parts.test_source
-    leaves = jax.tree.leaves(parts.state_shapes().params)
+    parameters = sum(math.prod(shape) for shape in parts.packings.params.shapes)
     device = parts.grid.devices[0]
     return [
         f'model    {model.variant}, group size {model.group_size}, norm {model.norm}, {config.image_size} pixels: '
-        f'{sum(leaf.size for leaf in leaves):,} parameters',
+        f'{parameters:,} parameters',
         f'data     {config.dataset}: {train.num_examples:,} training and {test.num_examples:,} test images of '
         f'{len(train.classes):,} classes',
         f'batch    {layout.global_batch} = micro-batch {layout.micro_batch} × {layout.replicas} replicas × '

@@ -9,13 +9,14 @@ and masking, which is exact for bf16, is wrong for fp16 below 2^-14, where fp16 
 floating point cannot be used there for bf16, since XLA on CPU flushes fp32 subnormals, which bf16's are, to
 zero.
 
-Random bits depend on (key, update count, name of the array) and on nothing else, so that every replica's
-copy of a weight stays bit-identical, and a pipeline stage that holds some of the weights rounds them as the
-whole would.
+Random bits depend on (key, update count, which packed array, name of the array, place in it) and on nothing
+else, so that every replica's copy of a weight stays bit-identical, and a pipeline stage that holds some of the
+weights rounds them as the whole would.
 """
 
 import zlib
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,10 @@ import numpy as np
 import optax
 
 from efficientnet.errors import ConfigError
-from efficientnet.precision import BF16, FP16, FP32, cast_floating
+from efficientnet.packing import ROW, Packing
+from efficientnet.precision import BF16, FP16, FP32
 
 ROUNDINGS = ('stochastic', 'nearest')
-BLOCK = 256  # numbers whose random bits share a key; changing it changes the bits
 
 
 def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, bits: jax.Array) -> jax.Array:
@@ -79,9 +80,21 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, bits: jax.Array)
     return jax.lax.bitcast_convert_type((sign | rounded).astype(jnp.uint16), dtype)
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """Returns the name of a leaf from its path in a tree, such as 'block1a/expand/kernel'."""
-    return jax.tree_util.keystr(path, simple=True, separator='/')
+def row_bits(key: jax.Array, name: str, packing: Packing) -> jax.Array:
+    """Draws the random bits of one packed array, each row by (key, name, its owner's name, its index there).
+
+    Args:
+        key: Typed PRNG key, such as that of one update.
+        name: Which packed array is rounded, such as 'weights' or 'momentum'.
+        packing: Of the array.
+
+    Returns:
+        Uniform uint32 [rows, ROW].
+    """
+    owners = np.array([_checksum(owner) for owner in packing.names], np.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, _checksum(name)), owners)
+    keys = jax.vmap(jax.random.fold_in)(keys[packing.owners], packing.indices)
+    return jax.vmap(lambda row_key: jax.random.bits(row_key, (ROW,), jnp.uint32))(keys)
 
 
 class RoundUpdatesState(NamedTuple):
@@ -90,7 +103,9 @@ class RoundUpdatesState(NamedTuple):
     count: jax.Array
 
 
-def round_updates(dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array) -> optax.GradientTransformation:
+def round_updates(
+    packing: Packing, dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array
+) -> optax.GradientTransformation:
     """Makes updates, at the end of a chain, land 16-bit weights on 16-bit numbers.
 
     update -> round(weight + update) - weight, in fp32. The difference is exact wherever it matters:
@@ -98,12 +113,13 @@ def round_updates(dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array) ->
     flushes those: bf16 weights below 2^-118 may stay put there.)
 
     Args:
+        packing: Of the weights.
         dtype: Format of the weights; with float32 updates pass through.
         rounding: 'stochastic' or 'nearest'.
         key: Typed PRNG key, the same on every replica and stage.
 
     Returns:
-        A transformation from fp32 updates to fp32 updates that needs the weights.
+        A transformation from fp32 updates to fp32 updates, [rows, ROW], that needs the weights.
 
     Raises:
         ConfigError: Unknown rounding.
@@ -112,17 +128,14 @@ def round_updates(dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array) ->
     if dtype == FP32:
         return optax.identity()
 
-    def init(params: optax.Params) -> RoundUpdatesState:
+    def init(params: jax.Array) -> RoundUpdatesState:
         del params
         return RoundUpdatesState(count=jnp.zeros((), jnp.int32))
 
-    def update(
-        updates: optax.Updates, state: RoundUpdatesState, params: optax.Params
-    ) -> tuple[optax.Updates, RoundUpdatesState]:
-        old = cast_floating(params, FP32)
-        new = _round_tree(jax.tree.map(jnp.add, old, updates), dtype, rounding, key, state.count)
-        landing = jax.tree.map(lambda rounded, weight: rounded.astype(FP32) - weight, new, old)
-        return landing, RoundUpdatesState(count=state.count + 1)
+    def update(updates: jax.Array, state: RoundUpdatesState, params: jax.Array) -> tuple[jax.Array, RoundUpdatesState]:
+        old, count_key = params.astype(FP32), jax.random.fold_in(key, state.count)
+        new = _round_rows(old + updates, dtype, rounding, count_key, 'weights', packing)
+        return new.astype(FP32) - old, RoundUpdatesState(count=state.count + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -143,14 +156,19 @@ class StoredState(NamedTuple):
 
 
 def store_state_as(
-    transform: optax.GradientTransformation, dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array
+    transform: optax.GradientTransformation,
+    packing: Packing,
+    dtype: jax.typing.DTypeLike,
+    rounding: str,
+    key: jax.Array,
 ) -> optax.GradientTransformation:
-    """Keeps a transformation's floating-point state in 16 bits between updates; its arithmetic stays fp32.
+    """Keeps a transformation's packed state in 16 bits between updates; its arithmetic stays fp32.
 
-    The update itself sees the new state before it is rounded. Integers, such as step counts, stay.
+    The update itself sees the new state before it is rounded. Anything else, such as step counts, stays.
 
     Args:
-        transform: What to wrap; its state's leaves are rounded under their paths, 'momentum/block1a/…'.
+        transform: What to wrap; its packed arrays are rounded under the names they have in its state.
+        packing: Of the weights.
         dtype: Format to store; with float32 the transformation is returned as it is.
         rounding: 'stochastic' or 'nearest'.
         key: Typed PRNG key, the same on every replica and stage.
@@ -162,61 +180,41 @@ def store_state_as(
     if dtype == FP32:
         return transform
 
-    def init(params: optax.Params) -> StoredState:
-        return StoredState(count=jnp.zeros((), jnp.int32), inner=cast_floating(transform.init(params), dtype))
+    def map_packed(function: Callable[[str, jax.Array], jax.Array], state: optax.OptState) -> optax.OptState:
+        def mapped(path: tuple[jax.tree_util.KeyEntry, ...], x: jax.Array) -> jax.Array:
+            is_packed = x.shape == packing.shape and jnp.issubdtype(x.dtype, jnp.floating)
+            return function(jax.tree_util.keystr(path, simple=True, separator='/'), x) if is_packed else x
+
+        return jax.tree_util.tree_map_with_path(mapped, state)
+
+    def init(params: jax.Array) -> StoredState:
+        inner = map_packed(lambda _, rows: rows.astype(dtype), transform.init(params))
+        return StoredState(count=jnp.zeros((), jnp.int32), inner=inner)
 
     def update(
-        updates: optax.Updates, state: StoredState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, StoredState]:
-        updates, inner = transform.update(updates, cast_floating(state.inner, FP32), params)
-        inner = _round_tree(inner, dtype, rounding, key, state.count)
+        updates: jax.Array, state: StoredState, params: jax.Array | None = None
+    ) -> tuple[jax.Array, StoredState]:
+        count_key = jax.random.fold_in(key, state.count)
+        inner = map_packed(lambda _, rows: rows.astype(FP32), state.inner)
+        updates, inner = transform.update(updates, inner, params)
+        inner = map_packed(lambda name, rows: _round_rows(rows, dtype, rounding, count_key, name, packing), inner)
         return updates, StoredState(count=state.count + 1, inner=inner)
 
     return optax.GradientTransformation(init, update)
 
 
-def _round_tree(tree: Any, dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array, count: jax.Array) -> Any:
-    """Rounds the floating-point leaves of a tree, each with the random bits of (key, count, its name)."""
+def _round_rows(
+    rows: jax.Array, dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array, name: str, packing: Packing
+) -> jax.Array:
+    """Rounds a packed fp32 array, with the random bits of (key, name). Zeros, as in the padding, stay zero."""
     if rounding == 'nearest':
-        return cast_floating(tree, dtype)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    is_floating = [jnp.issubdtype(x.dtype, jnp.floating) for _, x in leaves]
-    named = [(path_name(path), x) for (path, x), chosen in zip(leaves, is_floating, strict=True) if chosen]
-    if not named:
-        return tree
-    # All leaves are rounded as one array of blocks: a generator a leaf would take XLA minutes to compile.
-    blocks = [-(-x.size // BLOCK) for _, x in named]
-    padded = [jnp.pad(x.ravel(), (0, n * BLOCK - x.size)) for (_, x), n in zip(named, blocks, strict=True)]
-    bits = _named_bits(jax.random.fold_in(key, count), [name for name, _ in named], blocks)
-    rounded = stochastic_round(jnp.concatenate(padded).reshape(-1, BLOCK), dtype, bits)
-    # Without the barrier XLA may fuse the rounding into each of the slices, and compile it as often.
-    rounded = jax.lax.optimization_barrier(rounded).ravel()
-    starts = np.cumsum([0, *blocks]) * BLOCK
-    unpacked = iter(
-        rounded[start : start + x.size].reshape(x.shape) for (_, x), start in zip(named, starts[:-1], strict=True)
-    )
-    return structure.unflatten(
-        next(unpacked) if chosen else x for (_, x), chosen in zip(leaves, is_floating, strict=True)
-    )
+        return rows.astype(dtype)
+    return stochastic_round(rows, dtype, row_bits(key, name, packing))
 
 
-def _named_bits(key: jax.Array, names: list[str], blocks: list[int]) -> jax.Array:
-    """Draws blocks of random bits, each by (key, name, its index under that name).
-
-    Args:
-        key: Typed PRNG key.
-        names: Of the arrays.
-        blocks: How many each takes.
-
-    Returns:
-        uint32 [sum(blocks), BLOCK].
-    """
-    # Python's hash() differs from process to process; a checksum is the same everywhere.
-    checksums = np.array([zlib.crc32(name.encode()) for name in names], np.uint32)
-    indices = np.concatenate([np.arange(n, dtype=np.uint32) for n in blocks])
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.repeat(checksums, blocks))
-    keys = jax.vmap(jax.random.fold_in)(keys, indices)
-    return jax.vmap(lambda block_key: jax.random.bits(block_key, (BLOCK,), jnp.uint32))(keys)
+def _checksum(name: str) -> int:
+    """A number for a name; Python's hash() differs from process to process, a checksum is the same everywhere."""
+    return zlib.crc32(name.encode())
 
 
 def _check_rounding(rounding: str) -> None:

@@ -1,23 +1,20 @@
 """Training and evaluating: what happens between a config and a summary, top to bottom."""
 
 import pathlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
-from efficientnet import random_keys
 from efficientnet.assemble import Parts, assemble
 from efficientnet.checkpoints import Checkpoints
 from efficientnet.errors import ConfigError, RunError
-from efficientnet.evaluation import make_evaluate, run_evaluation
+from efficientnet.evaluation import run_evaluation
 from efficientnet.interrupt import Interrupt, Interrupted
 from efficientnet.layout import largest_replicas
-from efficientnet.precision import cast_floating
+from efficientnet.programs import compile_programs
 from efficientnet.reporting import Clock, Report, describe, duration, evaluation_text, say, write_json
-from efficientnet.update import TrainState, make_epoch_average, make_update
+from efficientnet.update import TrainState, pack_state, unpack_state
 from efficientnet.workdir import claim, stored_config, writing
 
 Tree = Any
@@ -96,51 +93,27 @@ class Run:
         self._waiting: dict[str, jax.Array] | None = None
 
     def restore(self) -> None:
-        """Puts the newest whole checkpoint, or the initial weights, on the grid."""
+        """Puts the newest whole checkpoint on the grid, if there is one."""
         parts = self.parts
-        found = self._checkpoints.restore_newest(parts.state_shapes())
+        shapes = parts.state_shapes()
+        found = self._checkpoints.restore_newest(jax.eval_shape(lambda s: unpack_state(s, parts.packings), shapes))
         if found is None:
-            self._state = parts.grid.replicate(jax.device_get(parts.init_state()))
             return
         state, facts, complaints = found
         self.position = self._saved_at = facts['position']
         self.evaluation, self._evaluated_at = facts['evaluation'], facts['evaluated_at']
         self._best, self._clock = facts['best'], Clock(facts['clock'])
-        self._state = parts.grid.replicate(state)
+        self._state = parts.grid.replicate(pack_state(state, shapes, parts.packings))
         say(*complaints, f'going on from step {self.position} of {parts.total_steps}')
 
     def compile(self, *, update: bool = True) -> None:
-        """Compiles the programs of the run, side by side, and books the time."""
-        parts, grid = self.parts, self.parts.grid
-        key = random_keys.purpose_key(parts.config.seed, 'samples')
-        train_rows, test_rows = grid.layout.rows, parts.config.evaluation.batch
-        self._cast = grid.pmap(lambda v: v | {'params': cast_floating(v['params'], parts.rule.policy.compute)})
-        variables = {'params': self._state.params, 'batch_stats': self._state.batch_stats}
-        functions = {
-            'evaluate': (
-                grid.pmap(make_evaluate(parts.model, parts.rule), out_axes=None),
-                (self._cast(variables), self._batch_shapes(test_rows)),
-            )
-        }
-        if update:
-            functions['update'] = (
-                grid.pmap(
-                    make_update(parts.model, parts.optimizer, grid.layout, parts.rule, key),
-                    donate_argnums=0,
-                    out_axes=(0, None),
-                ),
-                (self._state, self._batch_shapes(train_rows)),
-            )
-
-        def compile_all() -> dict[str, Any]:
-            with ThreadPoolExecutor() as pool:
-                jobs = {name: pool.submit(lambda f, a: f.lower(*a).compile(), *job) for name, job in functions.items()}
-                return {name: job.result() for name, job in jobs.items()}
-
+        """Compiles the programs of the run and books the time; draws the initial weights if none were restored."""
+        initial = not self.position
         self._clock.tick()
         say('compiling …')
-        self._programs = self._interrupt.run(compile_all)
-        self._epoch_average = grid.pmap(make_epoch_average(parts.rule), donate_argnums=0)
+        self._programs = self._interrupt.run(lambda: compile_programs(self.parts, update=update, initial=initial))
+        if initial:
+            self._state = self.parts.grid.replicate(self._programs.initial)
         self._clock.tick('compiling')
 
     def loop(self) -> None:
@@ -160,12 +133,12 @@ class Run:
         for batch in grid.prefetch(parts.train_batches(self.position), parts.config.input.prefetch):
             if self._interrupt.requested():
                 self._leave()
-            self._state, metrics = self._programs['update'](self._state, batch)
+            self._state, metrics = self._programs.update(self._state, batch)
             self._read_waiting()
             self._waiting = metrics
             self.position += 1
-            if parts.rule.epoch_decay and self._epochs(self.position) > self._epochs(self.position - 1):
-                self._state = self._epoch_average(self._state)
+            if self._programs.epoch_average and self._epochs(self.position) > self._epochs(self.position - 1):
+                self._state = self._programs.epoch_average(self._state)
             self._round_off()
         if self._interrupt.requested() and self.position < parts.total_steps:
             self._leave()
@@ -181,9 +154,9 @@ class Run:
         evaluation = {}
         for name, variables in averages.items():
             means = run_evaluation(
-                self._programs['evaluate'],
+                self._programs.evaluate,
                 self.parts.grid,
-                self._cast(variables),
+                self._programs.cast(variables),
                 self.parts.evaluation_batches(),
                 stop=self._interrupt.requested,
             )
@@ -300,19 +273,12 @@ class Run:
         self._clock.tick()
 
     def _fetch(self) -> TrainState:
-        return self.parts.grid.fetch(self._state)
+        """Copies the plain state to the host."""
+        return unpack_state(self.parts.grid.fetch(self._state), self.parts.packings)
 
     def _epochs(self, position: int) -> int:
         """Returns how many whole epochs have gone by."""
         return position * self.parts.config.global_batch // self.parts.train_source.num_examples
-
-    def _batch_shapes(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        devices, size = len(self.parts.grid.devices), self.parts.config.image_size
-        return {
-            'image': jax.ShapeDtypeStruct((devices, rows, size, size, 3), np.uint8),
-            'label': jax.ShapeDtypeStruct((devices, rows), np.int32),
-            'mask': jax.ShapeDtypeStruct((devices, rows), np.float32),
-        }
 
 
 def _due(position: int, every: int, last: bool) -> bool:

@@ -20,7 +20,8 @@ from efficientnet.grid import AXIS
 from efficientnet.layout import Layout
 from efficientnet.loss_scale import LossScale, LossScaleState, all_finite
 from efficientnet.model import EfficientNet
-from efficientnet.precision import Policy, cast_floating
+from efficientnet.packing import Packings
+from efficientnet.precision import Policy
 from efficientnet.stochastic_rounding import apply_updates
 
 Tree = Any
@@ -28,12 +29,12 @@ Batch = dict[str, jax.Array]  # image [rows, H, W, 3] uint8, label [rows] int32,
 
 
 class TrainState(NamedTuple):
-    """All that a weight update reads and writes; a checkpoint holds exactly this."""
+    """All that a weight update reads and writes. On the grid trees are packed; a checkpoint has them plain."""
 
     step: jax.Array  # [] int32, updates applied; a skipped one does not count
     params: Tree  # in the master dtype
     batch_stats: Tree  # fp32; empty without batch norm
-    optimizer: optax.OptState  # in the policy's state dtype
+    optimizer: optax.OptState  # in the policy's state dtype, its arrays laid out as params
     update_average: Tree  # fp32 {'params', 'batch_stats'}; empty when off
     epoch_average: Tree  # likewise
     epochs_averaged: jax.Array  # [] int32
@@ -64,17 +65,20 @@ def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
     return ((images.astype(jnp.float32) - mean) / std).astype(dtype)
 
 
-def init_state(variables: Tree, optimizer: optax.GradientTransformation, rule: UpdateRule) -> TrainState:
-    """Builds the state before the first update.
+def init_state(
+    variables: Tree, optimizer: optax.GradientTransformation, packings: Packings, rule: UpdateRule
+) -> TrainState:
+    """Builds the packed state before the first update.
 
     Args:
-        variables: {'params': …, 'batch_stats': … if there is batch norm}, fp32.
+        variables: {'params': …, 'batch_stats': … if there is batch norm}, plain, fp32.
         optimizer: As given to `make_update`.
+        packings: Of the variables.
         rule: As given to `make_update`.
     """
-    params = cast_floating(variables['params'], rule.policy.master)
-    batch_stats = variables.get('batch_stats', {})
-    averaged = cast_floating({'params': params, 'batch_stats': batch_stats}, rule.policy.average)
+    params = packings.params.pack(variables['params'], rule.policy.master)
+    batch_stats = packings.batch_stats.pack(variables.get('batch_stats', {}), jnp.float32)
+    averaged = {'params': params.astype(rule.policy.average), 'batch_stats': batch_stats}
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -90,9 +94,46 @@ def init_state(variables: Tree, optimizer: optax.GradientTransformation, rule: U
     )
 
 
+def unpack_state(state: TrainState, packings: Packings) -> TrainState:
+    """Returns the plain state, as checkpoints have it: any layout of devices can go on from it."""
+    packed = packings.params.shape
+    return state._replace(
+        params=packings.params.unpack(state.params),
+        batch_stats=packings.batch_stats.unpack(state.batch_stats),
+        optimizer=jax.tree.map(lambda x: packings.params.unpack(x) if x.shape == packed else x, state.optimizer),
+        update_average=packings.unpack(state.update_average),
+        epoch_average=packings.unpack(state.epoch_average),
+    )
+
+
+def pack_state(state: TrainState, like: TrainState, packings: Packings) -> TrainState:
+    """Undoes `unpack_state`.
+
+    Args:
+        state: Plain host arrays.
+        like: A packed state, or its shapes and dtypes.
+        packings: Of the variables.
+    """
+
+    def params(rows: Any, tree: Tree) -> Any:
+        return packings.params.pack(tree, rows.dtype) if rows.shape == packings.params.shape else tree
+
+    def average(rows: Tree, tree: Tree) -> Tree:
+        return {name: getattr(packings, name).pack(tree[name], rows[name].dtype) for name in rows}
+
+    return state._replace(
+        params=params(like.params, state.params),
+        batch_stats=packings.batch_stats.pack(state.batch_stats, like.batch_stats.dtype),
+        optimizer=jax.tree.map(params, like.optimizer, state.optimizer),
+        update_average=average(like.update_average, state.update_average),
+        epoch_average=average(like.epoch_average, state.epoch_average),
+    )
+
+
 def make_update(
     model: EfficientNet,
     optimizer: optax.GradientTransformation,
+    packings: Packings,
     layout: Layout,
     rule: UpdateRule,
     key: jax.Array,
@@ -101,26 +142,27 @@ def make_update(
 
     Args:
         model: Applied to micro-batches in the compute dtype.
-        optimizer: Takes fp32 gradients and master weights, returns fp32 updates.
+        optimizer: Takes packed fp32 gradients and master weights, returns fp32 updates.
+        packings: Of the model's variables.
         layout: Replicas, micro-batch and accumulation count.
         rule: Precision, loss scale, normalisation, smoothing, averages.
         key: The 'samples' key of the run.
     """
-    accumulate = _make_accumulate(model, layout, rule, key)
+    accumulate = _make_accumulate(model, packings, layout, rule, key)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        sums = accumulate(state, batch)
-        vector, unravel = ravel_pytree(sums)
+        vector, unravel = ravel_pytree(accumulate(state, batch))
         sums = unravel(jax.lax.psum(vector, AXIS))
         # Each micro-batch contributed a mean, times the loss scale.
         share = 1.0 / (layout.replicas * layout.accumulation)
-        grads = jax.tree.map(lambda g: g * (share / state.loss_scale.scale), sums['grads'])
-        stats = jax.tree.map(lambda s: s * share, sums['batch_stats'])
+        grads = sums['grads'] * (share / state.loss_scale.scale)
+        stats = sums['batch_stats'] * share
+
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         # Also catches what only overflows when weights or momentum are rounded to 16 bits.
         finite = all_finite((grads, stats, updates, optimizer_state))
         params = apply_updates(state.params, updates)
-        batch_stats = optax.incremental_update(stats, state.batch_stats, 1.0 - rule.batch_norm_decay)
+        batch_stats = rule.batch_norm_decay * state.batch_stats + (1.0 - rule.batch_norm_decay) * stats
         changed = state._replace(step=state.step + 1, params=params, batch_stats=batch_stats, optimizer=optimizer_state)
         if rule.update_decay:
             variables = {'params': params, 'batch_stats': batch_stats}
@@ -138,7 +180,7 @@ def make_update(
             'learning_rate': rule.learning_rate(state.step + 1),
             'gradient_norm': optax.tree.norm(grads),
             'update_norm': optax.tree.norm(updates),
-            'weight_norm': optax.tree.norm(cast_floating(state.params, jnp.float32)),
+            'weight_norm': optax.tree.norm(state.params.astype(jnp.float32)),
             'loss_scale': state.loss_scale.scale,
             'skipped': new.skipped,
             'skipped_in_row': new.skipped_in_row,
@@ -149,9 +191,9 @@ def make_update(
 
 
 def _make_accumulate(
-    model: EfficientNet, layout: Layout, rule: UpdateRule, key: jax.Array
+    model: EfficientNet, packings: Packings, layout: Layout, rule: UpdateRule, key: jax.Array
 ) -> Callable[[TrainState, Batch], Tree]:
-    """Returns the function that adds up one replica's micro-batches: fp32 gradients, statistics and metrics."""
+    """Returns the function that adds up one replica's micro-batches: packed fp32 gradients, statistics, metrics."""
 
     def micro_loss(weights: Tree, batch_stats: Tree, scale: jax.Array, batch: Batch, keys: jax.Array) -> tuple:
         images = normalise(batch['image'], rule.mean, rule.std, rule.policy.compute)
@@ -169,23 +211,33 @@ def _make_accumulate(
             'correct': (losses.hits(logits, batch['label'], 1) & counted).sum(dtype=jnp.float32),
             'count': counted.sum(dtype=jnp.float32),
         }
-        return loss.mean() * scale, {'metrics': metrics, 'batch_stats': mutated.get('batch_stats', {})}
+        return loss.mean() * scale, (metrics, mutated.get('batch_stats', {}))
 
     def accumulate(state: TrainState, batch: Batch) -> Tree:
-        weights = cast_floating(state.params, rule.policy.compute)  # once an update, not once a micro-batch
+        # Cast and unpacked once an update, not once a micro-batch.
+        weights = packings.params.unpack(state.params.astype(rule.policy.compute))
+        batch_stats = packings.batch_stats.unpack(state.batch_stats)
         first_row = jax.lax.axis_index(AXIS) // layout.stages * layout.rows
 
         def micro_step(sums: Tree, micro: tuple[jax.Array, Batch]) -> tuple[Tree, None]:
             index, micro_batch = micro
             rows = first_row + index * layout.micro_batch + jnp.arange(layout.micro_batch, dtype=jnp.int32)
             keys = random_keys.sample_keys(key, state.step, rows)
-            grads, other = jax.grad(micro_loss, has_aux=True)(
-                weights, state.batch_stats, state.loss_scale.scale, micro_batch, keys
+            grads, (metrics, stats) = jax.grad(micro_loss, has_aux=True)(
+                weights, batch_stats, state.loss_scale.scale, micro_batch, keys
             )
-            found = other | {'grads': cast_floating(grads, jnp.float32)}
+            found = {
+                'grads': packings.params.pack(grads, jnp.float32),
+                'batch_stats': packings.batch_stats.pack(stats, jnp.float32),
+                'metrics': metrics,
+            }
             return jax.tree.map(jnp.add, sums, found), None
 
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), _sum_shapes(state))
+        zeros = {
+            'grads': jnp.zeros(packings.params.shape, jnp.float32),
+            'batch_stats': jnp.zeros(packings.batch_stats.shape, jnp.float32),
+            'metrics': dict.fromkeys(('loss', 'correct', 'count'), jnp.zeros((), jnp.float32)),
+        }
         micro_batches = jax.tree.map(
             lambda rows: rows.reshape(layout.accumulation, layout.micro_batch, *rows.shape[1:]), batch
         )
@@ -194,16 +246,6 @@ def _make_accumulate(
         return sums
 
     return accumulate
-
-
-def _sum_shapes(state: TrainState) -> Tree:
-    """Returns what the accumulators look like: leaves whose shapes are those of the sums."""
-    scalar = state.step
-    return {
-        'grads': state.params,
-        'batch_stats': state.batch_stats,
-        'metrics': {'loss': scalar, 'correct': scalar, 'count': scalar},
-    }
 
 
 def make_epoch_average(rule: UpdateRule) -> Callable[[TrainState], TrainState]:

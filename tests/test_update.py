@@ -77,7 +77,7 @@ def test_an_update_is_plain_gradient_descent():
 def test_replicas_stay_bit_identical_in_16_bits():
     parts = tiny_parts(replicas=4, micro_batch=2, precision__policy='16.16')
     key = random_keys.purpose_key(0, 'samples')
-    update = make_update(parts.model, parts.optimizer, parts.grid.layout, parts.rule, key)
+    update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
     program = parts.grid.pmap(update, out_axes=(0, None))
     state = parts.grid.replicate(jax.device_get(parts.init_state()))
     for batch in parts.grid.prefetch(parts.train_batches(0), 1):
@@ -132,7 +132,7 @@ def test_masked_examples_count_for_nothing():
     """A batch whose second half is masked has the gradient of its first half, halved by the fixed divisor."""
     parts = tiny_parts(blocks=1, model__dropout=0.0, model__survival=1.0, micro_batch=16)
     key = random_keys.purpose_key(0, 'samples')
-    update = make_update(parts.model, parts.optimizer, parts.grid.layout, parts.rule, key)
+    update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
     program = parts.grid.pmap(update, out_axes=(0, None))
     state = parts.grid.replicate(jax.device_get(parts.init_state()))
     batch = next(iter(parts.train_batches(0)))
@@ -171,7 +171,7 @@ def test_batch_norm_statistics_move_once_an_update():
 def test_the_program_reduces_once_and_not_in_the_loop():
     parts = tiny_parts(blocks=1, replicas=4, micro_batch=2)
     key = random_keys.purpose_key(0, 'samples')
-    update = make_update(parts.model, parts.optimizer, parts.grid.layout, parts.rule, key)
+    update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
     state = parts.grid.replicate(jax.device_get(parts.init_state()))
     batch = parts.grid.shard(next(iter(parts.train_batches(0))))
     text = parts.grid.pmap(update, donate_argnums=0, out_axes=(0, None)).lower(state, batch).compile().as_text()

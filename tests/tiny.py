@@ -1,13 +1,14 @@
 """The smallest run that still has every part: two MBConv blocks on 8×8 digits."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import ml_collections
 import numpy as np
 
 from configs import base
-from efficientnet import random_keys
+from efficientnet import random_keys, scaling
 from efficientnet.assemble import Parts, assemble
 from efficientnet.update import TrainState, make_update
 
@@ -45,15 +46,20 @@ def tiny_config(**changes: object) -> ml_collections.ConfigDict:
 
 def tiny_parts(blocks: int = 2, **changes: object) -> Parts:
     """Assembles a tiny run whose network has only the first few MBConv blocks."""
-    parts = assemble(tiny_config(**changes))
-    spec = dataclasses.replace(parts.model.spec, blocks=parts.model.spec.blocks[:blocks], head_channels=32)
-    return dataclasses.replace(parts, model=parts.model.clone(spec=spec))
+
+    def cut(*args: object, **options: object) -> scaling.ModelSpec:
+        spec = model_spec(*args, **options)
+        return dataclasses.replace(spec, blocks=spec.blocks[:blocks], head_channels=32)
+
+    model_spec = scaling.model_spec
+    with mock.patch.object(scaling, 'model_spec', cut):
+        return assemble(tiny_config(**changes))
 
 
 def run_updates(parts: Parts, count: int, state: TrainState | None = None) -> tuple[TrainState, list[dict]]:
     """Makes updates from the start of the data; returns the host state and the metrics of each."""
     key = random_keys.purpose_key(parts.config.seed, 'samples')
-    update = make_update(parts.model, parts.optimizer, parts.grid.layout, parts.rule, key)
+    update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
     program = parts.grid.pmap(update, out_axes=(0, None))
     state = parts.grid.replicate(jax.device_get(parts.init_state() if state is None else state))
     metrics = []

@@ -1,0 +1,98 @@
+"""What is wrong with a config is said before anything is computed, by field."""
+
+import jax
+import pytest
+
+from efficientnet.assemble import assemble
+from efficientnet.errors import ConfigError
+from input_pipeline import DataError
+from tests.tiny import tiny_config, tiny_parts
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'dataset': 'no_such_dataset'}, 'no_such_dataset'),
+        ({'input__test_split': 'nonsense'}, r'input\.test_split'),
+        ({'input__dir': '/nowhere', 'dataset': 'folder'}, '/nowhere'),
+        ({'replicas': 9}, 'replicas=9'),
+        ({'micro_batch': 7}, 'global_batch=14 or 21'),
+        ({'stages': 2}, 'stages=2'),
+        ({'steps': 0, 'epochs': 0.001}, r'epochs=0\.001'),
+        ({'image_size': 0}, 'image_size=0'),
+        ({'seed': -1}, 'seed=-1'),
+        ({'model__variant': 'b8'}, 'b8'),
+        ({'model__group_size': 3}, 'group_size=3'),
+        ({'model__norm_groups': 5}, 'norm_groups=5'),
+        ({'model__norm': 'instance'}, 'instance'),
+        ({'model__conv_method': 'fft'}, 'fft'),
+        ({'model__padding': 'valid'}, 'padding'),
+        ({'model__survival': 0.0}, 'survival'),
+        ({'model__dropout': 1.0}, 'dropout'),
+        ({'precision__policy': '8.8'}, r"precision\.policy='8\.8'"),
+        ({'precision__rounding': 'up'}, r'precision\.rounding'),
+        ({'precision__loss_scale': 'auto'}, r'precision\.loss_scale'),
+        ({'precision__max_skipped': 0}, r'precision\.max_skipped=0'),
+        ({'optimizer__name': 'adam'}, r"optimizer\.name='adam'"),
+        ({'optimizer__rate_per_example': -1.0}, r'optimizer\.rate_per_example'),
+        ({'schedule__kind': 'step'}, r'schedule\.kind'),
+        ({'schedule__warmup': '3'}, r"schedule\.warmup='3'"),
+        ({'schedule__warmup': '7 steps'}, 'warm'),
+        ({'evaluation__every': 'always'}, r'evaluation\.every'),
+        ({'evaluation__batch': 0}, r'evaluation\.batch=0'),
+        ({'augment__crop': 'middle'}, r'augment\.crop'),
+        ({'augment__pad': -1}, r'augment\.pad'),
+        ({'augment__std': (1.0, 0.0, 1.0)}, r'augment\.std'),
+        ({'augment__label_smoothing': 1.0}, r'augment\.label_smoothing'),
+        ({'input__prefetch': 0}, r'input\.prefetch'),
+        ({'input__damaged_limit': -1}, r'input\.damaged_limit'),
+        ({'checkpoint__keep': 0}, r'checkpoint\.keep'),
+    ],
+)
+def test_one_line_that_names_the_field(changes, message):
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        assemble(tiny_config(**changes))
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'optimizer__rms_decay': 0.5},
+        {'optimizer__name': 'sgd', 'optimizer__trust_coefficient': 0.1},
+        {'model__norm': 'batch', 'model__norm_groups': 8},
+        {'model__batch_norm_decay': 0.5},
+        {'schedule__kind': 'constant', 'schedule__power': 3.0},
+        {'schedule__decay_rate': 0.5},
+        {'augment__crop': 'none'},
+    ],
+)
+def test_fields_that_nothing_reads(changes):
+    with pytest.raises(ConfigError, match='nothing reads these fields'):
+        assemble(tiny_config(**changes))
+
+
+def test_b6_cannot_have_groups_of_16():
+    with pytest.raises(ConfigError) as caught:
+        assemble(tiny_config(model__variant='b6', model__width=0.0, model__depth=0.0))
+    assert all(word in str(caught.value) for word in ('block1a', '56', '16'))
+
+
+@pytest.mark.parametrize('norm', ['group', 'batch', 'layer_proxy'])
+def test_every_optimizer_and_schedule_goes_with_every_norm(norm):
+    if norm == 'batch':
+        options = {'optimizer__name': 'rmsprop', 'optimizer__epsilon': 1e-3, 'schedule__kind': 'exponential'}
+    elif norm == 'group':
+        options = {'optimizer__name': 'sgd', 'schedule__kind': 'cosine'}
+    else:
+        options = {'optimizer__name': 'lars', 'schedule__kind': 'constant'}
+    parts = tiny_parts(model__norm=norm, **options)
+    state = parts.state_shapes()
+    assert jax.tree.structure(state) == jax.tree.structure(parts.init_state())
+    assert (state.batch_stats.shape[0] > 0) == (norm == 'batch')
+
+
+def test_seeds_differ_and_repeat():
+    one, same, other = (tiny_parts(blocks=1, seed=seed).init_state().params for seed in (1, 1, 2))
+    assert (one == same).all()
+    assert (one != other).any()

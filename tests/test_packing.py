@@ -1,0 +1,49 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficientnet.packing import ROW, make_packing
+
+
+def tree():
+    rng = np.random.default_rng(0)
+    shapes = {'a': {'kernel': (3, 3, 2, 40), 'bias': (1,)}, 'b': {'scale': (ROW,), 'one': (), 'more': (ROW + 1,)}}
+    draw = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    return jax.tree.map(draw, shapes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def test_round_trip_on_device_and_host():
+    packing = make_packing(tree())
+    rows = packing.pack(tree(), jnp.float32)
+    assert rows.shape == packing.shape == (1 + 3 + 2 + 1 + 1, ROW)
+    for unpacked in (packing.unpack(rows), packing.unpack(np.asarray(rows))):
+        jax.tree.map(np.testing.assert_array_equal, unpacked, tree())
+    assert isinstance(jax.tree.leaves(packing.unpack(np.asarray(rows)))[0], np.ndarray)
+
+
+def test_padding_is_zero_and_nothing_is_lost():
+    rows = np.asarray(make_packing(tree()).pack(tree(), jnp.float32))
+    leaves = jax.tree.leaves(tree())
+    assert np.count_nonzero(rows) == sum(leaf.size for leaf in leaves)
+    np.testing.assert_allclose(np.sum(np.float64(rows)), sum(leaf.sum(dtype=np.float64) for leaf in leaves), rtol=1e-6)
+
+
+def test_every_row_has_one_owner():
+    packing = make_packing(tree())
+    assert packing.names == ('a/bias', 'a/kernel', 'b/more', 'b/one', 'b/scale')
+    np.testing.assert_array_equal(packing.owners, [0, 1, 1, 1, 2, 2, 3, 4])
+    np.testing.assert_array_equal(packing.indices, [0, 0, 1, 2, 0, 1, 0, 0])
+    rows = packing.pack(tree(), jnp.float32)
+    sums = jax.ops.segment_sum(jnp.square(rows).sum(1), packing.owners, len(packing.names))
+    np.testing.assert_allclose(sums, [np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree())], rtol=1e-5)
+
+
+def test_an_empty_tree_has_no_rows():
+    packing = make_packing({})
+    assert packing.pack({}, jnp.float32).shape == packing.shape == (0, ROW)
+    assert packing.unpack(jnp.zeros((0, ROW))) == {}
+
+
+def test_shapes_are_enough():
+    shapes = jax.eval_shape(tree)
+    assert make_packing(shapes) == make_packing(tree())
