@@ -64,9 +64,9 @@ def test_a_full_disk_before_anything_is_computed(tmp_path, parts, monkeypatch):
     'error', [OSError(errno.ENOSPC, 'No space left on device'), ValueError('RESOURCE_EXHAUSTED: write: No space left')]
 )
 def test_a_disk_that_fills_up(tmp_path, error):
-    with pytest.raises(RunError, match=r'No space left on device; the checkpoint of step 7 is safe'):
-        with writing(tmp_path, 7):
-            raise error
+    message = r'No space left on device; the checkpoint of step 7 is safe'
+    with pytest.raises(RunError, match=message), writing(tmp_path, 7):
+        raise error
 
 
 def test_other_errors_are_not_disk_errors(tmp_path):
