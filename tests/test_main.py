@@ -1,0 +1,67 @@
+"""The command line, as a user meets it: one line for every mistake, and a run from end to end."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(*arguments):
+    command = [sys.executable, 'main.py', *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        ([], ['--workdir is missing']),
+        (['--workdir=x'], ['--config is missing']),
+        (['--workdir=x', '--config=configs/nothing.py'], ['configs/nothing.py']),
+        (['--workdir=x', '--config=configs/digits.py', '--config.optimizer.momentun=1'], ['momentun']),
+        (['--workdir=x', '--config=configs/digits.py', '--config.seed=many'], ['seed', 'many']),
+        (['--workdir=x', '--config=configs/digits.py', '--mode=dance'], ['mode', 'dance']),
+        (['--workdir=x', '--config=configs/digits.py', 'extra'], ['extra']),
+        (
+            ['--workdir=x', '--config=configs/digits.py', '--config.micro_batch=7'],
+            ['micro_batch=7', 'global_batch=63 or 70'],
+        ),
+        (['--workdir=x', '--config=configs/digits.py', '--config.replicas=2'], ['there are 1', '--cpu_devices=2']),
+        (['--workdir=/proc/x', '--config=configs/digits.py'], ['--workdir=/proc/x cannot be written']),
+        (['--workdir=/nowhere/x', '--mode=evaluate'], ['/nowhere/x holds no run']),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words):
+    found = run(*arguments)
+    assert found.returncode == 2, found
+    lines = found.stderr.strip().splitlines()
+    assert len(lines) == 1, found.stderr
+    assert lines[0].startswith('error: ')
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_help_names_the_flags():
+    found = run('--help')
+    for word in ('configs/digits.py', '--workdir', '--mode', '--cpu_devices', 'configs/base.py'):
+        assert word in found.stdout
+
+
+def test_a_run_from_end_to_end(tmp_path):
+    """Two virtual devices, two updates, then the same command and an evaluation; no warning on the way."""
+    flags = ['--config=configs/digits.py', f'--workdir={tmp_path}', '--cpu_devices=2', '--config.replicas=2']
+    small = ['--config.steps=2', '--config.model.width=0.25', '--config.model.depth=0.1', '--config.micro_batch=16']
+    small += ['--config.schedule.warmup=1 steps', '--config.image_size=8', '--config.log_every=1 steps']
+    found = run(*flags, *small)
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ''
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    assert (summary['replicas'], summary['accumulation'], summary['steps']) == (2, 2, 2)
+    assert f'test accuracy {summary["test_accuracy"]:.2%}' in found.stdout.splitlines()[-1]
+    again = run(*flags, *small)
+    assert 'going on from step 2 of 2' in again.stdout
+    evaluated = run('--mode=evaluate', f'--workdir={tmp_path}')
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert f'step 2  test accuracy {summary["test_accuracy"]:.2%}' in evaluated.stdout
