@@ -53,6 +53,8 @@ def parse(argv: list[str]) -> list[str]:
     """Parses the flags; whatever is wrong with them or with the config is one line."""
     try:
         rest = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            _CONFIG.value.keys()  # a recipe that could not be loaded says so only when it is used
     except Exception as error:  # ml_collections raises AttributeError, TypeError, ValueError, … for a bad override
         leave(error)
     if len(rest) > 1:

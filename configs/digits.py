@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = base.get_config()
     config.dataset = 'digits'
     config.image_size = 16
-    config.epochs = 30.0
+    config.epochs = 25.0
     config.global_batch = 64
     config.micro_batch = 32
     config.replicas = 1

@@ -11,8 +11,9 @@ from tests.tiny import tiny_parts
 
 
 def evaluate(parts, stop=lambda: False):
-    variables = parts.grid.replicate(jax.device_get(parts.init_variables()))
-    program = parts.grid.pmap(make_evaluate(parts.model, parts.rule), out_axes=None)
+    state = jax.device_get(parts.init_state())
+    variables = parts.grid.replicate({'params': state.params, 'batch_stats': state.batch_stats})
+    program = parts.grid.pmap(make_evaluate(parts.model, parts.packings, parts.rule), out_axes=None)
     return run_evaluation(program, parts.grid, variables, parts.evaluation_batches(), stop=stop)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from efficientnet import random_keys
 from efficientnet.losses import cross_entropy
-from efficientnet.update import make_epoch_average, make_update, normalise
+from efficientnet.update import make_epoch_average, make_update, normalise, pack_state, unpack_state
 from tests.tiny import run_updates, tiny_parts
 
 LAYOUTS = [(1, 16), (1, 4), (2, 8), (4, 2), (8, 1)]  # replicas, micro-batch; the global batch stays 16
@@ -56,7 +56,7 @@ def test_an_update_is_plain_gradient_descent():
         model__survival=1.0,
         model__dropout=0.0,
     )
-    start = parts.init_state()
+    start = unpack_state(parts.init_state(), parts.packings)
     batch = next(iter(parts.train_batches(0)))
 
     def loss(params):
@@ -66,6 +66,7 @@ def test_an_update_is_plain_gradient_descent():
 
     gradient = jax.grad(loss)(start.params)
     found, metrics = run_updates(parts, 1)
+    found = unpack_state(found, parts.packings)
     expected = jax.tree.map(lambda w, g: w - 0.16 * g, start.params, gradient)
     for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -150,7 +151,7 @@ def test_batch_norm_statistics_move_once_an_update():
     """running = 0.97 · running + 0.03 · mean over micro-batches, of what the whole update's images give."""
     changes = {'model__norm': 'batch', 'model__batch_norm_decay': 0.9, 'model__dropout': 0.0, 'model__survival': 1.0}
     parts = tiny_parts(blocks=1, micro_batch=4, replicas=2, **changes)
-    start = parts.init_state()
+    start = unpack_state(parts.init_state(), parts.packings)
     batch = next(iter(parts.train_batches(0)))
     images = normalise(jnp.asarray(batch['image']), parts.rule.mean, parts.rule.std, jnp.float32)
     raw = [
@@ -162,7 +163,7 @@ def test_batch_norm_statistics_move_once_an_update():
         )[1]['batch_stats']
         for rows in range(0, 16, 4)
     ]
-    found, _ = run_updates(parts, 1)
+    found = unpack_state(run_updates(parts, 1)[0], parts.packings)
     expected = jax.tree.map(lambda old, *new: 0.9 * old + 0.1 * sum(new) / 4, start.batch_stats, *raw)
     for a, b in zip(jax.tree.leaves(found.batch_stats), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -197,6 +198,15 @@ def test_epoch_average():
     for a, b in zip(jax.tree.leaves(twice.epoch_average['params']), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b + 0.03, rtol=1e-5, atol=1e-6)
     assert twice.epochs_averaged == 2
+
+
+@pytest.mark.parametrize('norm', ['group', 'batch'])
+def test_packing_a_state_and_back(norm):
+    parts = tiny_parts(blocks=1, model__norm=norm, precision__policy='16.16', averaging__update_decay=0.9)
+    state, _ = run_updates(parts, 2)
+    plain = unpack_state(state, parts.packings)
+    assert plain.params['stem']['conv']['kernel'].shape == (3, 3, 3, 8)
+    assert_trees_equal(pack_state(plain, state, parts.packings), state)
 
 
 def test_normalise():
