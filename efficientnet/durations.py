@@ -1,6 +1,7 @@
 """One converter from the durations people write ('70 epochs') to weight updates."""
 
 import math
+import re
 
 from efficientnet.errors import ConfigError
 
@@ -20,14 +21,12 @@ def to_steps(field: str, duration: str, *, num_examples: int, global_batch: int,
     Raises:
         ConfigError: The text is not a duration, or is negative.
     """
-    number, _, unit = duration.strip().partition(' ')
-    if duration.strip().endswith('%'):
-        number, unit = duration.strip()[:-1], '%'
-    unit = unit.strip()
+    found = re.fullmatch(r'\s*([\d.]+)\s*(\S+)\s*', duration)
+    number, unit = found.groups() if found else ('nan', '')
     unit = unit if unit in UNITS else unit + 's'
     try:
         amount = float(number)
-    except ValueError:
+    except ValueError:  # such as '1.2.3'
         amount = math.nan
     if unit not in UNITS or not 0 <= amount < math.inf or (unit == '%' and total_steps is None):
         raise ConfigError(f"{field}={duration!r} is not a duration; write '70 epochs', '500 steps', '20 %', …")

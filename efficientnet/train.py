@@ -243,7 +243,7 @@ class Run:
             raise RunError(
                 f'{in_row} updates in a row were not finite (precision.max_skipped={limit}), the last at step '
                 f'{self.position}; lower optimizer.rate_per_example or precision.initial_loss_scale; '
-                f'weights of step {self._saved_at} are saved in {self.workdir}'
+                f'the newest checkpoint in {self.workdir} is of step {self._saved_at}'
             )
 
     def _leave(self) -> None:

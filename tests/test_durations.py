@@ -21,6 +21,7 @@ def steps(text, total=1000):
         ('6143 examples', 0),
         ('20 %', 200),
         ('20%', 200),
+        (' 7steps ', 7),
         ('0 epochs', 0),
     ],
 )
@@ -28,7 +29,9 @@ def test_conversion(text, expected):
     assert steps(text) == expected
 
 
-@pytest.mark.parametrize('text', ['', '7', 'epochs', '3 weeks', '-1 epochs', 'nan epochs', 'inf steps', '1 2 epochs'])
+@pytest.mark.parametrize(
+    'text', ['', '7', 'epochs', '3 weeks', '-1 epochs', 'nan epochs', 'inf steps', '1 2 epochs', '1.2.3 steps']
+)
 def test_not_a_duration(text):
     with pytest.raises(ConfigError, match=r'schedule\.warmup='):
         steps(text)
