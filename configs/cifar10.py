@@ -9,7 +9,7 @@ from configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe for two CPU cores and under 40 minutes."""
+    """Returns a starting point for two CPU cores, ten epochs at about 300 images/s; its accuracy is not known yet."""
     config = base.get_config()
     config.dataset = 'cifar10'
     config.image_size = 32

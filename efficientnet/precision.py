@@ -16,9 +16,7 @@ ratio, the optimizer's arithmetic (its state is 16-bit only where it is stored) 
 """
 
 import dataclasses
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -67,16 +65,3 @@ def policy(name: str) -> Policy:
     if name not in POLICIES:
         raise ConfigError(f'precision.policy={name!r} is not a policy; choose one of {", ".join(POLICIES)}')
     return POLICIES[name]
-
-
-def cast_floating(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """Casts the floating-point arrays of a tree, to nearest; integers, booleans and PRNG keys stay.
-
-    Args:
-        tree: Pytree of arrays of any shapes.
-        dtype: A floating-point format.
-
-    Returns:
-        A tree of the same structure and shapes.
-    """
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
