@@ -23,9 +23,16 @@ SCORE = 'test_accuracy'
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest few and the best."""
+    """The checkpoints of one run: the newest few and the best.
 
-    def __init__(self, directory: pathlib.Path, keep: int) -> None:
+    Args:
+        directory: Where they are.
+        keep: How many of the newest stay.
+        owner: Whether this process trains the run, and so may clear away what a killed save left behind; to
+            another it could be a save in progress.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int, *, owner: bool = True) -> None:
         if keep < 1:
             raise ConfigError(f'checkpoint.keep={keep} must be at least 1')
         logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax reports every step of every save there
@@ -33,7 +40,7 @@ class Checkpoints:
         policy = keep_policy.AnyPreservationPolicy([keep_policy.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
-            cleanup_tmp_directories=True,  # what a killed save left behind
+            cleanup_tmp_directories=owner,
             enable_async_checkpointing=False,  # a failed background save would surface an epoch later
         )
         self._directory = directory

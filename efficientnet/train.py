@@ -41,7 +41,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
         run = Run(parts, workdir, interrupt)
         try:
             run.restore()
-            if run.position < parts.total_steps or not run.evaluation:
+            if not run.finished():
                 run.compile()
                 run.loop()
             return run.summarise()
@@ -64,13 +64,14 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
         config.micro_batch, config.replicas = 1, largest_replicas(config.global_batch, jax.device_count())
     parts = assemble(config)
     with Interrupt() as interrupt:
-        run = Run(parts, workdir, interrupt)
+        run = Run(parts, workdir, interrupt, owner=False)
         try:
             run.restore()
             if not run.position:
                 raise ConfigError(f'{workdir} has no checkpoint to evaluate; train first')
             run.compile(update=False)
-            run.evaluate()
+            if not run.evaluate():
+                raise Interrupted(interrupt.number)
         finally:
             run.close()
     say(f'step {run.position}  test accuracy {evaluation_text(run.evaluation)}')
@@ -80,9 +81,9 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
 class Run:
     """A run in progress: the state on the grid, the position in the stream of batches, and the books kept."""
 
-    def __init__(self, parts: Parts, workdir: pathlib.Path, interrupt: Interrupt) -> None:
+    def __init__(self, parts: Parts, workdir: pathlib.Path, interrupt: Interrupt, *, owner: bool = True) -> None:
         self.parts, self.workdir, self._interrupt = parts, workdir, interrupt
-        self._checkpoints = Checkpoints(workdir / 'checkpoints', parts.config.checkpoint.keep)
+        self._checkpoints = Checkpoints(workdir / 'checkpoints', parts.config.checkpoint.keep, owner=owner)
         self.position = 0  # batches consumed, which is updates made or skipped
         self.evaluation: dict[str, float] = {}  # the last one
         self._evaluated_at = 0
@@ -105,6 +106,10 @@ class Run:
         self._best, self._clock = facts['best'], Clock(facts['clock'])
         self._state = parts.grid.replicate(pack_state(state, shapes, parts.packings))
         say(*complaints, f'going on from step {self.position} of {parts.total_steps}')
+
+    def finished(self) -> bool:
+        """Tells whether all updates are made and their outcome is evaluated."""
+        return self.position == self.parts.total_steps == self._evaluated_at
 
     def compile(self, *, update: bool = True) -> None:
         """Compiles the programs of the run and books the time; draws the initial weights if none were restored."""
@@ -224,7 +229,7 @@ class Run:
             self._leave()
         if evaluates and self.evaluation['test_accuracy'] > self._best['accuracy']:
             self._best = {'accuracy': self.evaluation['test_accuracy'], 'step': position}
-            saves = True
+            saves = self._saved_at != position
         self._clock.tick()
         if evaluates or logs:
             with writing(self.workdir, self._saved_at):

@@ -109,9 +109,14 @@ def test_an_unfinished_save_is_no_checkpoint(tmp_path):
     leftover = tmp_path / 'c' / '2.orbax-checkpoint-tmp'
     leftover.mkdir()
     (leftover / 'junk').write_text('half')
+    visitor = Checkpoints(tmp_path / 'c', keep=1, owner=False)
+    assert visitor.positions() == [1]
+    visitor.close()
+    assert leftover.exists()  # it could be the owner's save in progress
     again = Checkpoints(tmp_path / 'c', keep=1)
     assert again.positions() == [1]
     again.close()
+    assert not leftover.exists()
 
 
 def test_keep_must_be_positive(tmp_path):

@@ -16,7 +16,8 @@ import pytest
 from efficientnet.assemble import assemble
 from efficientnet.checkpoints import Checkpoints
 from efficientnet.errors import ConfigError, RunError
-from efficientnet.train import evaluate, train
+from efficientnet.interrupt import Interrupted
+from efficientnet.train import Run, evaluate, train
 from efficientnet.update import unpack_state
 from tests.tiny import tiny_config
 
@@ -145,6 +146,36 @@ def test_a_damaged_checkpoint_costs_only_its_steps(tmp_path, finished, capsys):
     assert 'checkpoints/6 is damaged' in out
     assert 'going on from step 3 of 6' in out
     assert state_bytes(tmp_path) == state_bytes(finished[0])
+
+
+@pytest.mark.parametrize('interrupted', [1, 2])
+def test_an_interrupted_evaluation_is_made_up_for(tmp_path, finished, interrupted):
+    """The summary never shows an earlier evaluation in the place of one that was cut off."""
+    real, begun = Run.evaluate, []
+
+    def cut_off(self):
+        begun.append(self.position)
+        if len(begun) < interrupted:
+            return real(self)
+        self._interrupt.number = signal.SIGTERM
+        return False
+
+    with mock.patch.object(Run, 'evaluate', cut_off), pytest.raises(Interrupted, match='saved at step'):
+        train(tiny_config(**TINY), tmp_path)
+    assert begun == [3, 6][:interrupted]
+    summary = train(tiny_config(**TINY), tmp_path)
+    assert summary['test_accuracy'] == finished[1]['test_accuracy']
+    assert [row['step'] for row in rows(tmp_path) if row['test_accuracy']] == ['3', '6']
+
+
+def test_evaluate_says_nothing_when_interrupted(finished, capsys):
+    def cut_off(self):
+        self._interrupt.number = signal.SIGTERM
+        return False
+
+    with mock.patch.object(Run, 'evaluate', cut_off), pytest.raises(Interrupted):
+        evaluate(None, finished[0])
+    assert 'test accuracy' not in capsys.readouterr().out
 
 
 def test_another_layout_goes_on(tmp_path, finished):
