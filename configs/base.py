@@ -30,8 +30,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.global_batch = 768  # examples a weight update
     config.micro_batch = 32  # examples a replica computes at once
     config.replicas = 0  # copies of the model, one a device; 0 = as many as there are devices
-    config.stages = 1  # devices one copy of the model is spread over
-    config.splits = ()  # first block of every stage but the first, such as ('block4a',)
+    config.stages = 1  # devices one copy of the model is pipelined over
+    config.splits = 'auto'  # first block of every stage but the first: 'block4a,block6a'; 'auto' balances `stages`
+    config.pipeline = 'grouped'  # schedule: 'grouped' (all stages busy) or 'sequential' (one micro-batch at a time)
+    config.recompute = 'stage'  # in the backward: 'none', each 'block', or each 'stage' but the last; see the README
 
     config.model = ml_collections.ConfigDict()
     config.model.variant = 'b0'  # b0 … b7: width, depth and dropout

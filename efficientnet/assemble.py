@@ -11,18 +11,21 @@ import optax
 
 import input_pipeline
 from efficientnet import random_keys, scaling
+from efficientnet.costs import block_costs
 from efficientnet.durations import to_steps
 from efficientnet.errors import ConfigError
 from efficientnet.grid import Grid
-from efficientnet.layout import make_layout
+from efficientnet.layout import Layout, make_layout
 from efficientnet.loss_scale import LossScale
 from efficientnet.model import EfficientNet
 from efficientnet.optimizers import make_optimizer
 from efficientnet.packing import Packings, make_packing
+from efficientnet.partition import balance, check_splits, parse_splits, stage_blocks, storage_of
+from efficientnet.precision import Policy
 from efficientnet.precision import policy as policy_of
 from efficientnet.schedules import warmup_schedule
 from efficientnet.settings import Fields, check_known, check_used
-from efficientnet.update import TrainState, UpdateRule, init_state
+from efficientnet.train_state import TrainState, UpdateRule, init_state
 
 Tree = Any
 
@@ -31,7 +34,7 @@ Tree = Any
 class Parts:
     """Everything a run is made of, checked against each other; nothing has been computed yet."""
 
-    config: ml_collections.ConfigDict  # as given, with the number of replicas filled in
+    config: ml_collections.ConfigDict  # as given, with replicas, stages and splits filled in
     train_source: input_pipeline.Source
     test_source: input_pipeline.Source
     grid: Grid
@@ -51,12 +54,12 @@ class Parts:
         )
 
     def init_state(self) -> TrainState:
-        """Returns the packed state before the first update."""
+        """Returns the packed state of all stages before the first update."""
         build = functools.partial(init_state, optimizer=self.optimizer, packings=self.packings, rule=self.rule)
         return jax.jit(build)(self.init_variables())
 
     def state_shapes(self) -> TrainState:
-        """Returns the shapes and dtypes of the packed state without computing it."""
+        """Returns the shapes and dtypes of the packed state of all stages without computing it."""
         shapes = {name: packing.unpacked_shapes() for name, packing in self.packings._asdict().items()}
         build = functools.partial(init_state, optimizer=self.optimizer, packings=self.packings, rule=self.rule)
         return jax.eval_shape(build, shapes)
@@ -71,6 +74,8 @@ class Parts:
             num_batches=self.total_steps,
             seed=c.seed,
             start_batch=position,
+            process_index=jax.process_index(),
+            process_count=self.grid.layout.processes,
             crop=c.augment.crop,
             pad=c.augment.pad if c.augment.crop == 'pad' else 0,
             flip=c.augment.flip,
@@ -85,6 +90,8 @@ class Parts:
             self.test_source,
             image_size=c.image_size,
             batch=c.evaluation.batch * len(self.grid.devices),
+            process_index=jax.process_index(),
+            process_count=self.grid.layout.processes,
             damaged_limit=c.input.damaged_limit,
         )
 
@@ -99,19 +106,11 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
     check_known(config)
     fields = Fields(config)
     _check_ranges(fields)
-    layout = make_layout(
-        global_batch=fields.global_batch,
-        micro_batch=fields.micro_batch,
-        replicas=fields.replicas,
-        stages=fields.stages,
-        splits=tuple(fields.splits),
-        devices=jax.device_count(),
-    )
     policy = policy_of(fields.precision.policy)
     train_source, test_source = _open_sources(fields)
     model = _make_model(fields.model, len(train_source.classes), policy.compute)
-
-    packings = _make_packings(model, fields.image_size)
+    layout = _make_layout(fields, model, policy)
+    packings = _make_packings(model, fields.image_size, layout)
 
     steps_of = functools.partial(to_steps, num_examples=train_source.num_examples, global_batch=layout.global_batch)
     total_steps = fields.steps or steps_of('epochs', f'{fields.epochs} epochs', total_steps=None)
@@ -136,7 +135,8 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
     )
     resolved = config.copy_and_resolve_references()
     with resolved.unlocked():
-        resolved.replicas = layout.replicas
+        resolved.replicas, resolved.stages = layout.replicas, layout.stages
+        resolved.splits = ','.join(layout.splits) or 'auto'
     parts = Parts(
         config=resolved.lock(),
         train_source=train_source,
@@ -185,6 +185,36 @@ def _check_ranges(fields: Fields) -> None:
             raise ConfigError(f'{name}={tuple(values)} must be three numbers, R, G and B, those of std above 0')
 
 
+def _make_layout(fields: Fields, model: EfficientNet, policy: Policy) -> Layout:
+    """Resolves the splits and checks the sizes."""
+    stages, splits = fields.stages, parse_splits(fields.splits)
+    if splits == 'auto':
+        averages = (fields.averaging.epoch_decay > 0) + (fields.averaging.update_decay > 0)
+        splits = balance(
+            block_costs(model.spec, fields.image_size, norm=model.norm),
+            stages,
+            fields.recompute,
+            schedule=fields.pipeline if stages > 1 else 'grouped',
+            micro_batch=fields.micro_batch,
+            storage=storage_of(policy, fields.optimizer.name, averages),
+        )
+    check_splits(model.spec, splits)
+    if stages not in (1, len(splits) + 1):  # 1 is also what it is when only splits are given
+        raise ConfigError(
+            f'stages={stages} and splits={",".join(splits)!r} disagree: those make {len(splits) + 1} stages; give one'
+        )
+    return make_layout(
+        global_batch=fields.global_batch,
+        micro_batch=fields.micro_batch,
+        replicas=fields.replicas,
+        splits=splits,
+        devices=jax.device_count(),
+        processes=jax.process_count(),
+        schedule=fields.pipeline if splits else 'grouped',
+        recompute=fields.recompute,
+    )
+
+
 def _open_sources(fields: Fields) -> tuple[input_pipeline.Source, input_pipeline.Source]:
     train_split, data_dir = fields.input.train_split, fields.input.dir or None
     return tuple(
@@ -223,11 +253,12 @@ def _init_variables(model: EfficientNet, image_size: int, key: jax.Array) -> Tre
     return model.init(key, jax.numpy.zeros((1, image_size, image_size, 3), model.dtype), train=False)
 
 
-def _make_packings(model: EfficientNet, image_size: int) -> Packings:
+def _make_packings(model: EfficientNet, image_size: int, layout: Layout) -> Packings:
     """Traces the model once for the names and shapes of its variables; what cannot be built is found here."""
     key = random_keys.purpose_key(0, 'weights')
     variables = jax.eval_shape(functools.partial(_init_variables, model, image_size), key)
-    return Packings(make_packing(variables['params']), make_packing(variables.get('batch_stats', {})))
+    stages = stage_blocks(model.spec, layout.splits)
+    return Packings(make_packing(variables['params'], stages), make_packing(variables.get('batch_stats', {}), stages))
 
 
 def _make_schedule(fields: Fields, steps_of: Any, total_steps: int) -> optax.Schedule:

@@ -7,6 +7,7 @@ under the final name; the digest finds what a disk or a copy damaged later.
 
 import logging
 import pathlib
+import shutil
 import zlib
 from typing import Any
 
@@ -40,9 +41,12 @@ class Checkpoints:
         policy = keep_policy.AnyPreservationPolicy([keep_policy.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
-            cleanup_tmp_directories=owner,
             enable_async_checkpointing=False,  # a failed background save would surface an epoch later
         )
+        if owner:
+            # Orbax would clear them away in a thread that it doesn't wait for.
+            for leftover in directory.glob('*.orbax-checkpoint-tmp*'):
+                shutil.rmtree(leftover)
         self._directory = directory
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 

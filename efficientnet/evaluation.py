@@ -8,12 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficientnet import losses
-from efficientnet.grid import AXIS, Grid
+from efficientnet.accumulation import Batch, normalise
+from efficientnet.grid import Grid
+from efficientnet.layout import AXIS, Layout
 from efficientnet.model import EfficientNet
 from efficientnet.packing import Packings
-from efficientnet.update import Batch, UpdateRule, normalise
+from efficientnet.train_state import UpdateRule
 
 Tree = Any
+
+
+def make_gather(layout: Layout, rule: UpdateRule) -> Callable[[Tree], Tree]:
+    """Returns the per-device function that brings all stages' variables to every device.
+
+    It takes the device's packed {'params', 'batch_stats'}, [rows, ROW] each, and returns those of all stages,
+    [stages, rows, ROW], parameters in the compute dtype. Evaluation is not pipelined: every device computes.
+    """
+
+    def gather(variables: Tree) -> Tree:
+        variables = variables | {'params': variables['params'].astype(rule.policy.compute)}
+        if layout.stages == 1:
+            return jax.tree.map(lambda rows: rows[None], variables)
+        return jax.lax.all_gather(variables, AXIS, axis_index_groups=layout.replica_groups)
+
+    return gather
 
 
 def make_evaluate(
@@ -21,8 +39,8 @@ def make_evaluate(
 ) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
     """Returns the per-device function that sums loss and hits over a batch and over the axis `AXIS`.
 
-    It takes packed {'params' in the compute dtype, 'batch_stats' in fp32} and a batch; the sums are 'loss',
-    'top1', 'top5' and 'count', fp32 and equal on all devices.
+    It takes the packed variables of all stages, as `make_gather` gives them, and the device's rows of a batch; the
+    sums are 'loss', 'top1', 'top5' and 'count', fp32 and equal on all devices.
     """
 
     def evaluate(variables: Tree, batch: Batch) -> dict[str, jax.Array]:
@@ -55,8 +73,8 @@ def run_evaluation(
     Args:
         evaluate: The mapped function of `make_evaluate`.
         grid: Where it runs.
-        variables: Packed, on the grid.
-        batches: Host batches; rows divide by the number of devices.
+        variables: As `make_gather` gives them, on the grid.
+        batches: This process's host batches; rows divide by the number of its devices.
         stop: Asked between batches; True gives the evaluation up.
 
     Returns:

@@ -1,7 +1,7 @@
 """The grid of devices under one `pmap` axis, and what travels between it and the host.
 
-Device index = replica · stages + stage, so that a replica's stages sit next to each other. Arrays on the grid
-have a leading axis of that length with one row a device; a value that all devices share is one equal row each.
+Device index = replica · stages + stage, so that a replica's stages sit next to each other, in one process. Arrays
+on the grid have a leading axis of that length with one row a device; a process sees and fills its own rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,35 +11,70 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from efficientnet.layout import Layout
-
-AXIS = 'grid'
+from efficientnet.errors import ConfigError
+from efficientnet.layout import AXIS, Layout
 
 
 class Grid:
-    """The devices of a run, in grid order."""
+    """The devices of a run, in grid order.
+
+    Attributes:
+        layout: Replicas, stages and processes.
+        devices: Of all processes.
+        local_devices: Of this process, whole replicas.
+
+    Raises:
+        ConfigError: A process has fewer devices than its replicas need.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.devices = jax.devices()[: layout.devices]
+        share = layout.devices // layout.processes
+        self.devices = [device for process in range(layout.processes) for device in _devices_of(process, share, layout)]
+        self.local_devices = [device for device in self.devices if device.process_index == jax.process_index()]
         self._sharding = NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec(AXIS))
 
     def pmap(self, function: Callable, **options: Any) -> Callable:
         """Returns `function` mapped over the grid, with the axis name `AXIS`."""
         return jax.pmap(function, axis_name=AXIS, devices=self.devices, **options)
 
-    def replicate(self, tree: Any) -> Any:
-        """Puts one copy of every leaf on every device."""
-        return jax.tree.map(lambda leaf: self._place([np.asarray(leaf)[None]] * len(self.devices)), tree)
+    def place(self, tree: Any) -> Any:
+        """Puts every stage's entry of [stages, …] on the devices of that stage, in all replicas."""
+        stages = self.layout.stages
 
-    def shard(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Splits the rows of a batch evenly over the devices: [rows, …] -> [devices, rows ÷ devices, …]."""
-        return {name: self._place(np.split(rows[None], len(self.devices), axis=1)) for name, rows in batch.items()}
+        def place(leaf: Any) -> jax.Array:
+            rows = np.asarray(leaf)
+            return self._place([rows[i % stages][None] for i in range(len(self.local_devices))])
+
+        return jax.tree.map(place, tree)
 
     def fetch(self, tree: Any) -> Any:
-        """Copies the first device's row of every leaf to the host; they are all equal where this is used."""
-        # Indexing a sharded array would run a program on the whole grid; a shard is already there.
-        return jax.tree.map(lambda leaf: np.array(leaf.addressable_shards[0].data)[0], tree)
+        """Copies one replica's entries to the host, [stages, …]; all replicas have equal ones where this is used."""
+        devices = self.local_devices[: self.layout.stages]
+
+        def fetch(leaf: jax.Array) -> np.ndarray:
+            # Indexing a sharded array would run a program on the whole grid; a shard is already there.
+            shards = {shard.device: shard.data for shard in leaf.addressable_shards}
+            return np.concatenate([np.asarray(shards[device]) for device in devices])
+
+        return jax.tree.map(fetch, tree)
+
+    def shard(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Gives each replica of this process its rows, in order, and each of its stages an equal share of them.
+
+        [rows, …] -> [devices, rows ÷ devices, …], rounded up: the last shares are filled up with zeros.
+        """
+        replicas, stages = len(self.local_devices) // self.layout.stages, self.layout.stages
+
+        def shares(rows: np.ndarray) -> list[np.ndarray]:
+            split = []
+            for own in np.split(rows, replicas):
+                missing = -len(own) % stages
+                filled = np.pad(own, ((0, missing), *[(0, 0)] * (own.ndim - 1))) if missing else own
+                split += np.split(filled[None], stages, axis=1)
+            return split
+
+        return {name: self._place(shares(rows)) for name, rows in batch.items()}
 
     def prefetch(self, batches: Iterable[dict[str, np.ndarray]], depth: int) -> Iterator[dict[str, jax.Array]]:
         """Yields sharded batches, keeping `depth` of them on their way to the devices ahead of the caller.
@@ -54,6 +89,17 @@ class Grid:
         yield from waiting
 
     def _place(self, rows: list[np.ndarray]) -> jax.Array:
-        shape = (len(rows), *rows[0].shape[1:])
-        shards = [jax.device_put(row, device) for row, device in zip(rows, self.devices, strict=True)]
+        shape = (len(self.devices), *rows[0].shape[1:])
+        shards = [jax.device_put(row, device) for row, device in zip(rows, self.local_devices, strict=True)]
         return jax.make_array_from_single_device_arrays(shape, self._sharding, shards)
+
+
+def _devices_of(process: int, count: int, layout: Layout) -> list[jax.Device]:
+    """The first devices of one process."""
+    devices = sorted((d for d in jax.devices() if d.process_index == process), key=lambda d: d.id)
+    if len(devices) < count:
+        raise ConfigError(
+            f'process {process} has {len(devices)} devices, but replicas={layout.replicas} × stages={layout.stages} '
+            f'over {layout.processes} processes needs {count} in each'
+        )
+    return devices[:count]

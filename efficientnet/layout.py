@@ -1,23 +1,48 @@
-"""How a global batch is laid out over replicas, stages and time; pure arithmetic.
+"""How a global batch is laid out over replicas, stages, time and processes; pure arithmetic.
 
 global batch = micro-batch × replicas × accumulation count. Replica r computes rows
 [r · rows, (r + 1) · rows) of the global batch with rows = micro-batch × accumulation count, one micro-batch
 after the other, so a row's place in the batch says who computes it and when, and nothing else depends on that.
+
+Devices stand in one line, the axis `AXIS` of every program: index = replica · stages + stage, so that a replica's
+stages sit next to each other, in one process.
 """
 
 import dataclasses
 
 from efficientnet.errors import ConfigError
+from efficientnet.pipeline import SCHEDULES
+
+AXIS = 'grid'
+RECOMPUTE = ('none', 'block', 'stage')
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Replicas × stages devices, and the share of each in a weight update."""
+    """Replicas × stages devices, and the share of each in a weight update.
+
+    Attributes:
+        replicas: Copies of the model.
+        micro_batch: Examples a replica computes at once.
+        accumulation: Micro-batches a replica computes in one weight update.
+        splits: First block of every stage but the first.
+        schedule: When the stages work on which micro-batch, a key of `pipeline.SCHEDULES`.
+        recompute: What the backward computes again instead of having kept it, one of `RECOMPUTE`.
+        processes: Among which the replicas are shared out evenly.
+    """
 
     replicas: int
-    stages: int
     micro_batch: int
     accumulation: int
+    splits: tuple[str, ...] = ()
+    schedule: str = 'grouped'
+    recompute: str = 'stage'
+    processes: int = 1
+
+    @property
+    def stages(self) -> int:
+        """Devices that one copy of the model is spread over."""
+        return len(self.splits) + 1
 
     @property
     def rows(self) -> int:
@@ -34,19 +59,39 @@ class Layout:
         """Devices in use."""
         return self.replicas * self.stages
 
+    @property
+    def replica_groups(self) -> list[list[int]]:
+        """Indices of the devices that hold one copy of the model together."""
+        return [[replica * self.stages + stage for stage in range(self.stages)] for replica in range(self.replicas)]
+
+    @property
+    def stage_groups(self) -> list[list[int]]:
+        """Indices of the devices that hold the same stage."""
+        return [list(group) for group in zip(*self.replica_groups, strict=True)]
+
 
 def make_layout(
-    *, global_batch: int, micro_batch: int, replicas: int, stages: int, splits: tuple[str, ...], devices: int
+    *,
+    global_batch: int,
+    micro_batch: int,
+    replicas: int,
+    splits: tuple[str, ...],
+    devices: int,
+    processes: int = 1,
+    schedule: str = 'grouped',
+    recompute: str = 'stage',
 ) -> Layout:
     """Derives the accumulation count, and the number of replicas where it is left open.
 
     Args:
         global_batch: Examples a weight update.
         micro_batch: Examples a replica computes at once.
-        replicas: Copies of the model; 0 takes as many as there are devices.
-        stages: Devices a copy of the model is spread over.
+        replicas: Copies of the model; 0 takes as many as fit on the devices.
         splits: The first block of every stage but the first.
-        devices: How many devices there are.
+        devices: How many devices there are, in all processes.
+        processes: How many processes share them evenly.
+        schedule: As `Layout.schedule`.
+        recompute: As `Layout.recompute`.
 
     Raises:
         ConfigError: A size is not positive, does not divide, or asks for more devices than there are.
@@ -55,28 +100,37 @@ def make_layout(
         ('global_batch', global_batch, 1),
         ('micro_batch', micro_batch, 1),
         ('replicas', replicas, 0),
-        ('stages', stages, 1),
     ):
         if value < least:
             raise ConfigError(f'{field}={value} must be at least {least}')
-    if stages != 1 or splits:
-        raise ConfigError(
-            f'stages={stages}, splits={tuple(splits)}: the model runs in one stage; set stages=1 and splits=()'
-        )
-    replicas = replicas or max(devices // stages, 1)
-    if replicas * stages > devices:
-        raise ConfigError(
-            f'replicas={replicas} × stages={stages} needs {replicas * stages} devices, but there are {devices}; '
-            f'set replicas={max(devices // stages, 1)}, or try on a CPU with --cpu_devices={replicas * stages}'
-        )
+    for field, value, known in (('recompute', recompute, RECOMPUTE), ('pipeline', schedule, tuple(SCHEDULES))):
+        if value not in known:
+            raise ConfigError(f'{field}={value!r} is unknown; choose one of {", ".join(known)}')
+    stages = len(splits) + 1
+    room = devices // processes // stages * processes  # a process owns whole replicas
+    replicas = replicas or max(room, processes)
+    if replicas > room or replicas % processes:
+        raise ConfigError(_too_many(replicas, stages, devices, processes, room))
     if global_batch % (micro_batch * replicas):
         raise ConfigError(_proposal(global_batch, micro_batch, replicas))
-    return Layout(replicas, stages, micro_batch, global_batch // (micro_batch * replicas))
+    accumulation = global_batch // (micro_batch * replicas)
+    return Layout(replicas, micro_batch, accumulation, splits, schedule, recompute, processes)
 
 
 def largest_replicas(global_batch: int, devices: int) -> int:
     """Returns the largest number of replicas, at most `devices`, that divides the global batch."""
     return max(count for count in range(1, devices + 1) if global_batch % count == 0)
+
+
+def _too_many(replicas: int, stages: int, devices: int, processes: int, room: int) -> str:
+    """Says how many replicas would fit."""
+    wanted = f'replicas={replicas} × stages={stages} needs {replicas * stages} devices, but there are {devices}'
+    if processes == 1:
+        remedy = f'set replicas={room}' if room else f'use at most {devices} stages'
+        return f'{wanted}; {remedy}, or try on a CPU with --cpu_devices={replicas * stages}'
+    if replicas % processes:
+        return f'replicas={replicas} must be a multiple of the {processes} processes, each of which owns whole replicas'
+    return f'{wanted} in {processes} processes, which have room for {room} whole replicas; give each more devices'
 
 
 def _proposal(global_batch: int, micro_batch: int, replicas: int) -> str:

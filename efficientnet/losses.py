@@ -1,26 +1,48 @@
-"""Cross entropy with the reference's label smoothing, and hits among the k best classes. All in fp32."""
+"""Cross entropy with label smoothing, of one label or of several with weights, and hits among the k best classes.
+
+All in fp32.
+"""
 
 import jax
 import jax.numpy as jnp
 
+from efficientnet.errors import ConfigError
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """Cross entropy of every example against its smoothed label.
+SMOOTHED_OVER = ('others', 'all')
 
-    The reference gives the label 1 − ε and every other class ε / (classes − 1); the more common form gives
-    1 − ε + ε / classes and ε / classes.
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, smoothing: float = 0.0, over: str = 'others', weights: jax.Array | None = None
+) -> jax.Array:
+    """Cross entropy of every example against its smoothed label or weighted labels.
+
+    Over the 'others', as the reference has it, the label gets 1 − ε and every other class ε / (classes − 1). Over
+    'all', the more common form, every class gets ε / classes and the label 1 − ε on top (Szegedy et al., arXiv
+    1512.00567, equation 7). Several labels are smoothed one by one and then weighted.
 
     Args:
         logits: [N, classes] fp32.
-        labels: [N] int32.
+        labels: [N] int32, or [N, K] with `weights`.
         smoothing: ε in [0, 1).
+        over: 'others' or 'all'.
+        weights: [N, K] fp32 whose rows sum to 1.
 
     Returns:
         [N] fp32, in nats.
+
+    Raises:
+        ConfigError: An unknown `over`.
     """
+    if over not in SMOOTHED_OVER:
+        raise ConfigError(f'augment.smoothing_over={over!r} must be one of {", ".join(SMOOTHED_OVER)}')
     classes = logits.shape[-1]
     log_p = jax.nn.log_softmax(logits)
-    hit = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    if weights is None:
+        hit = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    else:
+        hit = (weights * jnp.take_along_axis(log_p, labels, axis=-1)).sum(-1)
+    if over == 'all':
+        smoothing *= (classes - 1) / classes  # the rest of ε goes to the label itself
     off = smoothing / max(classes - 1, 1)
     return -((1.0 - smoothing - off) * hit + off * log_p.sum(-1))
 

@@ -5,6 +5,7 @@ initial values for the same key, so that weights move between layouts without an
 stochastic depth draw from one key a sample: what a sample sees does not depend on its place in a batch.
 """
 
+import functools
 import zlib
 from typing import Any, Literal
 
@@ -170,12 +171,15 @@ class EfficientNet(Layers, kw_only=True):
     Attributes:
         spec: the network as data.
         blocks: names of the consecutive blocks this module runs; None runs all.
+        recompute: whether the backward keeps the blocks' inputs only and computes what is inside them again.
 
-    Source: Tan and Le, EfficientNet (arXiv 1905.11946).
+    Source: Tan and Le, EfficientNet (arXiv 1905.11946); Chen et al., Training Deep Nets with Sublinear Memory
+    Cost (arXiv 1604.06174).
     """
 
     spec: ModelSpec
     blocks: tuple[str, ...] | None = None
+    recompute: bool = False
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False, sample_keys: Array | None = None) -> Array:
@@ -200,8 +204,9 @@ class EfficientNet(Layers, kw_only=True):
         if train and random and (sample_keys is None or sample_keys.shape != x.shape[:1]):
             raise ValueError(f'training {random} needs sample_keys of shape {x.shape[:1]}, one typed key a sample')
         x = x.astype(self.dtype)
+        run = functools.partial(_run_block, train=train)
         for name in names:
-            x = self._block(name)(x, train=train, sample_keys=sample_keys)
+            x = (nn.remat(run) if self.recompute and train else run)(self._block(name), x, sample_keys)
         return x
 
     def _names(self) -> tuple[str, ...]:
@@ -233,6 +238,10 @@ class EfficientNet(Layers, kw_only=True):
             return Head(name=name, **options, **common)
         (block,) = (block for block in spec.blocks if block.name == name)
         return MBConv(spec=block, name=name, **common)
+
+
+def _run_block(block: nn.Module, x: Array, sample_keys: Array | None, train: bool) -> Array:
+    return block(x, train=train, sample_keys=sample_keys)
 
 
 def layer_keys(sample_keys: Array, layer: str) -> Array:

@@ -13,7 +13,6 @@ weights, and the last, n = T, uses the final rate.
 """
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ import numpy as np
 import optax
 
 from efficientnet.errors import ConfigError
-from efficientnet.packing import ROW, Packing
+from efficientnet.packing import StagedPacking
 from efficientnet.precision import FP32, Policy
 from efficientnet.stochastic_rounding import round_updates, store_state_as
 
@@ -72,7 +71,7 @@ class RmspropState(NamedTuple):
 
 def lars(
     learning_rate: optax.ScalarOrSchedule,
-    packing: Packing,
+    packing: StagedPacking,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     trust_coefficient: float = 0.001,
@@ -104,8 +103,7 @@ def lars(
 
     Source: You et al., https://arxiv.org/abs/1708.03888; the rate's place as in the MLPerf reference.
     """
-    adapted = np.array([treatment(name).adapted for name in packing.names], bool)
-    decay = _to_rows(np.where(adapted, weight_decay, 0.0), packing)
+    adapts = packing.per_array(lambda name: treatment(name).adapted, bool)
 
     def norms(rows: jax.Array) -> jax.Array:
         """Euclidean norm of each array, fp32 [arrays]."""
@@ -116,12 +114,14 @@ def lars(
 
     def update(grads: jax.Array, state: MomentumState, params: jax.Array) -> tuple[jax.Array, MomentumState]:
         rate = _rate(learning_rate, state.count)
+        adapted, owners = packing.own(adapts), packing.own(packing.owners)
+        decay = _decay(weight_decay, adapts, packing)
         params = params.astype(FP32)
         w_norm, g_norm = norms(params), norms(grads)
         both = (w_norm > 0) & (g_norm > 0)
         denominator = jnp.where(both, g_norm + weight_decay * w_norm + eps, 1.0)
         trust = jnp.where(adapted & both, trust_coefficient * w_norm / denominator, 1.0)
-        step = rate * trust[packing.owners][:, None] * (grads + decay * params)
+        step = rate * trust[owners][:, None] * (grads + decay * params)
         buffer = momentum * state.momentum + step
         ahead = momentum * buffer + step if nesterov else buffer
         return -ahead, MomentumState(count=state.count + 1, momentum=buffer)
@@ -131,7 +131,7 @@ def lars(
 
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule,
-    packing: Packing,
+    packing: StagedPacking,
     decay: float = 0.9,
     momentum: float = 0.9,
     eps: float = 1e-3,
@@ -165,17 +165,17 @@ def rmsprop(
     Source: `tf.compat.v1.train.RMSPropOptimizer`.
     """
 
-    if eps <= 0:  # the padding, of which mean square and gradient are zero, would become 0 / 0
+    if eps <= 0:  # where gradients are zero for long, as in the padding, it would become 0 / 0
         raise ConfigError(f'optimizer.epsilon={eps} must be above 0 for rmsprop')
-    decays = _weight_decays(weight_decay, packing)
+    decayed = packing.per_array(lambda name: treatment(name).decayed, bool)
 
     def init(params: jax.Array) -> RmspropState:
-        zeros = jnp.zeros(params.shape, FP32)
-        return RmspropState(count=jnp.zeros((), jnp.int32), mean_square=_ones(packing), momentum=zeros)
+        ones, zeros = jnp.ones(params.shape, FP32), jnp.zeros(params.shape, FP32)
+        return RmspropState(count=jnp.zeros((), jnp.int32), mean_square=ones, momentum=zeros)
 
     def update(grads: jax.Array, state: RmspropState, params: jax.Array) -> tuple[jax.Array, RmspropState]:
         rate = _rate(learning_rate, state.count)
-        grads = grads + decays * params.astype(FP32)
+        grads = grads + _decay(weight_decay, decayed, packing) * params.astype(FP32)
         mean_square = decay * state.mean_square + (1 - decay) * jnp.square(grads)
         buffer = momentum * state.momentum + rate * grads / jnp.sqrt(mean_square + eps)
         return -buffer, RmspropState(state.count + 1, mean_square, buffer)
@@ -185,7 +185,7 @@ def rmsprop(
 
 def sgd(
     learning_rate: optax.ScalarOrSchedule,
-    packing: Packing,
+    packing: StagedPacking,
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float = 0.0,
@@ -207,14 +207,14 @@ def sgd(
 
     Source: Sutskever et al., http://proceedings.mlr.press/v28/sutskever13.html, with the rate moved out.
     """
-    decays = _weight_decays(weight_decay, packing)
+    decayed = packing.per_array(lambda name: treatment(name).decayed, bool)
 
     def init(params: jax.Array) -> MomentumState:
         return MomentumState(count=jnp.zeros((), jnp.int32), momentum=jnp.zeros(params.shape, FP32))
 
     def update(grads: jax.Array, state: MomentumState, params: jax.Array) -> tuple[jax.Array, MomentumState]:
         rate = _rate(learning_rate, state.count)
-        grads = grads + decays * params.astype(FP32)
+        grads = grads + _decay(weight_decay, decayed, packing) * params.astype(FP32)
         buffer = momentum * state.momentum + grads
         ahead = momentum * buffer + grads if nesterov else buffer
         return -rate * ahead, MomentumState(state.count + 1, momentum=buffer)
@@ -235,7 +235,7 @@ def make_optimizer(
     policy: Policy,
     rounding: str,
     key: jax.Array,
-    packing: Packing,
+    packing: StagedPacking,
     **options: float,
 ) -> optax.GradientTransformation:
     """Builds an optimizer whose state and weights are stored as the policy says.
@@ -274,32 +274,20 @@ def _rate(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> optax.Scal
     return learning_rate(count + 1) if callable(learning_rate) else learning_rate
 
 
-def _to_rows(values: np.ndarray, packing: Packing) -> np.ndarray:
-    """Repeats one number per array for each of the array's rows, fp32 [rows, 1]."""
-    return values.astype(FP32)[packing.owners][:, None]
-
-
-def _array_sums(values: jax.Array, packing: Packing) -> jax.Array:
+def _array_sums(values: jax.Array, packing: StagedPacking) -> jax.Array:
     """Sums one number per row over the rows of each array, [rows] -> [arrays].
 
     It gathers into [arrays, most rows of one] and sums that. `jax.ops.segment_sum` scatters, which XLA does in any
     order on a GPU, so that the weights of replicas would drift apart, and slowly (openxla/xla issue 46225).
     """
-    counts = np.array(packing.counts, np.int32)
-    starts = np.cumsum(counts, dtype=np.int32) - counts
-    places = jnp.arange(counts.max(initial=0), dtype=jnp.int32)[None]
+    counts = packing.own(packing.counts)
+    starts = packing.own(packing.counts.cumsum(1, dtype=np.int32) - packing.counts)
+    places = jnp.arange(packing.counts.max(initial=0), dtype=jnp.int32)[None]
     gathered = values.at[jnp.asarray(starts)[:, None] + places].get(mode='clip')
     return jnp.sum(jnp.where(places < counts[:, None], gathered, 0.0), axis=1)
 
 
-def _weight_decays(weight_decay: float, packing: Packing) -> np.ndarray:
-    """The weight decay of each row, fp32 [rows, 1]: zero where `treatment` does not decay its array."""
-    decayed = np.array([treatment(name).decayed for name in packing.names], bool)
-    return _to_rows(np.where(decayed, weight_decay, 0.0), packing)
-
-
-def _ones(packing: Packing) -> jax.Array:
-    """One for every number of the arrays and zero in the padding, fp32 [rows, ROW]."""
-    sizes = np.array([math.prod(shape) for shape in packing.shapes], np.int32)
-    left = sizes[packing.owners] - ROW * packing.indices.astype(np.int32)  # from each row's start to its array's end
-    return (np.arange(ROW, dtype=np.int32)[None] < jnp.asarray(left)[:, None]).astype(FP32)
+def _decay(weight_decay: float, decayed: np.ndarray, packing: StagedPacking) -> jax.Array:
+    """The weight decay of each of this device's rows, fp32 [rows, 1], from which arrays are decayed."""
+    rows = packing.own(decayed)[packing.own(packing.owners)]
+    return jnp.where(rows, jnp.float32(weight_decay), 0.0)[:, None]

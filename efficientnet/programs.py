@@ -9,8 +9,9 @@ import numpy as np
 
 from efficientnet import random_keys
 from efficientnet.assemble import Parts
-from efficientnet.evaluation import make_evaluate
-from efficientnet.update import TrainState, make_epoch_average, make_update
+from efficientnet.evaluation import make_evaluate, make_gather
+from efficientnet.train_state import TrainState
+from efficientnet.update import make_epoch_average, make_update
 
 Tree = Any
 
@@ -18,8 +19,8 @@ Tree = Any
 class Programs(NamedTuple):
     """Compiled functions over the grid; what is not needed is None."""
 
-    evaluate: Callable[[Tree, Tree], Tree]  # packed variables of `cast`, batch -> sums
-    cast: Callable[[Tree], Tree]  # packed variables with weights of any dtype -> in the compute dtype
+    evaluate: Callable[[Tree, Tree], Tree]  # variables of `gather`, batch -> sums
+    gather: Callable[[Tree], Tree]  # each device's packed variables -> those of all stages, in the compute dtype
     update: Callable[[TrainState, Tree], tuple[TrainState, Tree]] | None  # the state is donated
     epoch_average: Callable[[TrainState], TrainState] | None  # likewise
     initial: TrainState | None  # not compiled but computed: the state before the first update, on the host
@@ -34,11 +35,11 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool) -> Programs:
         initial: Whether it starts from the beginning.
     """
     grid, rule = parts.grid, parts.rule
-    state = _on_grid(grid.layout.devices, parts.state_shapes())
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    weights = jax.ShapeDtypeStruct(state.params.shape, rule.policy.compute)
+    state = _on_grid(parts, parts.state_shapes())
+    gather = grid.pmap(make_gather(grid.layout, rule))
+    variables = jax.eval_shape(gather, {'params': state.params, 'batch_stats': state.batch_stats})
     evaluate = grid.pmap(make_evaluate(parts.model, parts.packings, rule), out_axes=None)
-    jobs = {'evaluate': lambda: _compile(evaluate, variables | {'params': weights}, _batch(parts, evaluation=True))}
+    jobs = {'evaluate': lambda: _compile(evaluate, variables, _batch(parts, evaluation=True))}
     if update:
         key = random_keys.purpose_key(parts.config.seed, 'samples')
         function = make_update(parts.model, parts.optimizer, parts.packings, grid.layout, rule, key)
@@ -51,7 +52,7 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool) -> Programs:
         done = {name: job.result() for name, job in running.items()}
     return Programs(
         evaluate=done['evaluate'],
-        cast=grid.pmap(lambda v: v | {'params': v['params'].astype(rule.policy.compute)}),
+        gather=gather,
         update=done.get('update'),
         epoch_average=grid.pmap(make_epoch_average(rule), donate_argnums=0) if update and rule.epoch_decay else None,
         initial=done.get('initial'),
@@ -62,15 +63,17 @@ def _compile(program: Any, *shapes: Tree) -> Callable:
     return program.lower(*shapes).compile()
 
 
-def _on_grid(devices: int, tree: Tree) -> Tree:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype), tree)
+def _on_grid(parts: Parts, tree: Tree) -> Tree:
+    """Shapes on the grid of a host tree whose leaves are [stages, …]."""
+    devices = parts.grid.layout.devices
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape[1:]), leaf.dtype), tree)
 
 
 def _batch(parts: Parts, *, evaluation: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    rows = parts.config.evaluation.batch if evaluation else parts.grid.layout.rows
-    devices, size = parts.grid.layout.devices, parts.config.image_size
+    layout, size = parts.grid.layout, parts.config.image_size
+    rows = parts.config.evaluation.batch if evaluation else -(-layout.rows // layout.stages)
     return {
-        'image': jax.ShapeDtypeStruct((devices, rows, size, size, 3), np.uint8),
-        'label': jax.ShapeDtypeStruct((devices, rows), np.int32),
-        'mask': jax.ShapeDtypeStruct((devices, rows), np.float32),
+        'image': jax.ShapeDtypeStruct((layout.devices, rows, size, size, 3), np.uint8),
+        'label': jax.ShapeDtypeStruct((layout.devices, rows), np.int32),
+        'mask': jax.ShapeDtypeStruct((layout.devices, rows), np.float32),
     }

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import pathlib
 import time
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from tensorboard.summary import Writer
 
 from efficientnet.assemble import Parts
+from efficientnet.partition import stage_blocks
 
 COLUMNS = (
     'step',  # updates so far, skipped ones counted
@@ -56,19 +56,27 @@ def describe(parts: Parts) -> list[str]:
     """Returns the lines that say what is about to be run on what."""
     config, layout, policy = parts.config, parts.grid.layout, parts.rule.policy
     model, train, test = config.model, parts.train_source, parts.test_source
-    parameters = sum(math.prod(shape) for shape in parts.packings.params.shapes)
     device = parts.grid.devices[0]
     return [
         f'model    {model.variant}, group size {model.group_size}, norm {model.norm}, {config.image_size} pixels: '
-        f'{parameters:,} parameters',
+        f'{parts.packings.params.size:,} parameters',
         f'data     {config.dataset}: {train.num_examples:,} training and {test.num_examples:,} test images of '
         f'{len(train.classes):,} classes',
         f'batch    {layout.global_batch} = micro-batch {layout.micro_batch} × {layout.replicas} replicas × '
         f'accumulation {layout.accumulation}; {parts.total_steps:,} updates',
+        *_stages(parts),
         f'numbers  {policy.name} ({policy.compute} compute, {policy.master} weights, '
         f'{config.precision.rounding} rounding), {config.optimizer.name}',
         f'devices  {len(parts.grid.devices)} × {device.device_kind} ({device.platform}), jax {jax.__version__}',
     ]
+
+
+def _stages(parts: Parts) -> list[str]:
+    layout = parts.grid.layout
+    if layout.stages == 1:
+        return []
+    blocks = ' | '.join(f'{names[0]} … {names[-1]}' for names in stage_blocks(parts.model.spec, layout.splits))
+    return [f'stages   {blocks}; {layout.schedule} schedule, recompute {layout.recompute}']
 
 
 class Clock:

@@ -19,6 +19,8 @@ RESUMABLE = (
     'replicas',
     'stages',
     'splits',
+    'pipeline',
+    'recompute',
     'log_every',
     'input.dir',
     'input.prefetch',

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from efficientnet.errors import ConfigError
-from efficientnet.packing import ROW, Packing
+from efficientnet.packing import ROW, StagedPacking
 from efficientnet.precision import BF16, FP16, FP32
 
 ROUNDINGS = ('stochastic', 'nearest')
@@ -80,7 +80,7 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, bits: jax.Array)
     return jax.lax.bitcast_convert_type((sign | rounded).astype(jnp.uint16), dtype)
 
 
-def row_bits(key: jax.Array, name: str, packing: Packing) -> jax.Array:
+def row_bits(key: jax.Array, name: str, packing: StagedPacking) -> jax.Array:
     """Draws the random bits of one packed array, each row by (key, name, its owner's name, its index there).
 
     Args:
@@ -91,9 +91,9 @@ def row_bits(key: jax.Array, name: str, packing: Packing) -> jax.Array:
     Returns:
         Uniform uint32 [rows, ROW].
     """
-    owners = np.array([_checksum(owner) for owner in packing.names], np.uint32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, _checksum(name)), owners)
-    keys = jax.vmap(jax.random.fold_in)(keys[packing.owners], packing.indices)
+    names = packing.own(packing.per_array(_checksum, np.uint32))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, _checksum(name)), names)
+    keys = jax.vmap(jax.random.fold_in)(keys[packing.own(packing.owners)], packing.own(packing.indices))
     return jax.vmap(lambda row_key: jax.random.bits(row_key, (ROW,), jnp.uint32))(keys)
 
 
@@ -104,7 +104,7 @@ class RoundUpdatesState(NamedTuple):
 
 
 def round_updates(
-    packing: Packing, dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array
+    packing: StagedPacking, dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array
 ) -> optax.GradientTransformation:
     """Makes updates, at the end of a chain, land 16-bit weights on 16-bit numbers.
 
@@ -157,7 +157,7 @@ class StoredState(NamedTuple):
 
 def store_state_as(
     transform: optax.GradientTransformation,
-    packing: Packing,
+    packing: StagedPacking,
     dtype: jax.typing.DTypeLike,
     rounding: str,
     key: jax.Array,
@@ -204,7 +204,7 @@ def store_state_as(
 
 
 def _round_rows(
-    rows: jax.Array, dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array, name: str, packing: Packing
+    rows: jax.Array, dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array, name: str, packing: StagedPacking
 ) -> jax.Array:
     """Rounds a packed fp32 array, with the random bits of (key, name). Zeros, as in the padding, stay zero."""
     if rounding == 'nearest':

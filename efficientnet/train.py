@@ -14,7 +14,7 @@ from efficientnet.interrupt import Interrupt, Interrupted
 from efficientnet.layout import largest_replicas
 from efficientnet.programs import compile_programs
 from efficientnet.reporting import Clock, Report, describe, duration, evaluation_text, say, write_json
-from efficientnet.update import TrainState, pack_state, unpack_state
+from efficientnet.train_state import TrainState, pack_state, unpack_state
 from efficientnet.workdir import claim, stored_config, writing
 
 Tree = Any
@@ -62,6 +62,7 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
     config = stored_config(workdir, config)
     with config.unlocked():
         config.micro_batch, config.replicas = 1, largest_replicas(config.global_batch, jax.device_count())
+        config.stages, config.splits, config.pipeline = 1, 'auto', 'grouped'
     parts = assemble(config)
     with Interrupt() as interrupt:
         run = Run(parts, workdir, interrupt, owner=False)
@@ -104,7 +105,7 @@ class Run:
         self.position = self._saved_at = facts['position']
         self.evaluation, self._evaluated_at = facts['evaluation'], facts['evaluated_at']
         self._best, self._clock = facts['best'], Clock(facts['clock'])
-        self._state = parts.grid.replicate(pack_state(state, shapes, parts.packings))
+        self._state = parts.grid.place(pack_state(state, shapes, parts.packings))
         say(*complaints, f'going on from step {self.position} of {parts.total_steps}')
 
     def finished(self) -> bool:
@@ -118,7 +119,7 @@ class Run:
         say('compiling …')
         self._programs = self._interrupt.run(lambda: compile_programs(self.parts, update=update, initial=initial))
         if initial:
-            self._state = self.parts.grid.replicate(self._programs.initial)
+            self._state = self.parts.grid.place(self._programs.initial)
         self._clock.tick('compiling')
 
     def loop(self) -> None:
@@ -161,7 +162,7 @@ class Run:
             means = run_evaluation(
                 self._programs.evaluate,
                 self.parts.grid,
-                self._programs.cast(variables),
+                self._programs.gather(variables),
                 self.parts.evaluation_batches(),
                 stop=self._interrupt.requested,
             )

@@ -17,7 +17,14 @@ from tests.tiny import tiny_config, tiny_parts
         ({'input__dir': '/nowhere', 'dataset': 'folder'}, '/nowhere'),
         ({'replicas': 9}, 'replicas=9'),
         ({'micro_batch': 7}, 'global_batch=14 or 21'),
-        ({'stages': 2}, 'stages=2'),
+        ({'stages': 0}, r'stages=0 must be at least 1'),
+        ({'stages': 9, 'replicas': 1}, r'stages=9 needs 9 devices, but there are 8; use at most 8 stages'),
+        ({'stages': 3, 'splits': 'head'}, r"stages=3 and splits='head' disagree: those make 2"),
+        ({'splits': 'block9z'}, r"splits='block9z'"),
+        ({'splits': 'head', 'pipeline': '1f1b'}, r"pipeline='1f1b'"),
+        ({'pipeline': 'sequential'}, r"pipeline='sequential'"),
+        ({'recompute': 'all'}, r"recompute='all'"),
+        ({'splits': 'head', 'replicas': 5}, r'replicas=5 × stages=2 needs 10 devices, but there are 8'),
         ({'steps': 0, 'epochs': 0.001}, r'epochs=0\.001'),
         ({'image_size': 0}, 'image_size=0'),
         ({'seed': -1}, 'seed=-1'),
@@ -89,7 +96,7 @@ def test_every_optimizer_and_schedule_goes_with_every_norm(norm):
     parts = tiny_parts(model__norm=norm, **options)
     state = parts.state_shapes()
     assert jax.tree.structure(state) == jax.tree.structure(parts.init_state())
-    assert (state.batch_stats.shape[0] > 0) == (norm == 'batch')
+    assert (state.batch_stats.size > 0) == (norm == 'batch')
 
 
 def test_seeds_differ_and_repeat():

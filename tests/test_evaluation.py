@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientnet.evaluation import make_evaluate, run_evaluation
-from efficientnet.update import normalise
+from efficientnet.accumulation import normalise
+from efficientnet.evaluation import make_evaluate, make_gather, run_evaluation
 from tests.tiny import tiny_parts
 
 
 def evaluate(parts, stop=lambda: False):
     state = jax.device_get(parts.init_state())
-    variables = parts.grid.replicate({'params': state.params, 'batch_stats': state.batch_stats})
+    variables = parts.grid.place({'params': state.params, 'batch_stats': state.batch_stats})
+    variables = parts.grid.pmap(make_gather(parts.grid.layout, parts.rule))(variables)
     program = parts.grid.pmap(make_evaluate(parts.model, parts.packings, parts.rule), out_axes=None)
     return run_evaluation(program, parts.grid, variables, parts.evaluation_batches(), stop=stop)
 
@@ -39,9 +40,12 @@ def expected():
     }
 
 
-@pytest.mark.parametrize(('replicas', 'batch'), [(1, 360), (1, 7), (8, 60), (8, 11), (2, 1000)])
-def test_every_example_counts_once(expected, replicas, batch):
-    found = evaluate(tiny_parts(blocks=1, replicas=replicas, micro_batch=2, evaluation__batch=batch))
+@pytest.mark.parametrize(
+    ('replicas', 'splits', 'batch'),
+    [(1, 'auto', 360), (1, 'auto', 7), (8, 'auto', 60), (8, 'auto', 11), (2, 'auto', 1000), (2, 'block1a,head', 7)],
+)
+def test_every_example_counts_once(expected, replicas, splits, batch):
+    found = evaluate(tiny_parts(blocks=1, replicas=replicas, splits=splits, micro_batch=2, evaluation__batch=batch))
     assert found['count'] == 360
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)

@@ -1,20 +1,32 @@
 import jax
 import numpy as np
+import pytest
 
 from efficientnet.grid import Grid
 from efficientnet.layout import Layout
 
 
-def grid(replicas=4):
-    return Grid(Layout(replicas=replicas, stages=1, micro_batch=2, accumulation=3))
+def grid(replicas=4, splits=()):
+    return Grid(Layout(replicas=replicas, micro_batch=2, accumulation=3, splits=splits))
 
 
-def test_replicate_and_fetch():
-    tree = {'a': np.arange(6, dtype=np.float16).reshape(2, 3), 'b': np.int32(7), 'none': {}}
-    placed = grid().replicate(tree)
-    assert placed['a'].shape == (4, 2, 3)
-    assert {shard.device for shard in placed['a'].addressable_shards} == set(jax.devices()[:4])
-    jax.tree.map(np.testing.assert_array_equal, grid().fetch(placed), tree)
+@pytest.mark.parametrize('splits', [(), ('block4a',)])
+def test_place_and_fetch(splits):
+    stages = len(splits) + 1
+    tree = {'a': np.arange(6 * stages, dtype=np.float16).reshape(stages, 2, 3), 'b': np.full(stages, 7), 'none': {}}
+    placed = grid(splits=splits).place(tree)
+    assert placed['a'].shape == (4 * stages, 2, 3)
+    assert placed['b'].shape == (4 * stages,)
+    for i, shard in enumerate(placed['a'].addressable_shards):
+        assert shard.device == jax.devices()[i]
+        np.testing.assert_array_equal(shard.data[0], tree['a'][i % stages])
+    jax.tree.map(np.testing.assert_array_equal, grid(splits=splits).fetch(placed), tree)
+
+
+def test_stages_share_the_rows_of_their_replica():
+    rows = np.arange(1, 13)
+    placed = grid(replicas=2, splits=('block3a', 'block4a', 'block5a')).shard({'label': rows})['label']
+    np.testing.assert_array_equal(placed, [[1, 2], [3, 4], [5, 6], [0, 0], [7, 8], [9, 10], [11, 12], [0, 0]])
 
 
 def test_rows_go_to_replicas_in_order():

@@ -7,7 +7,7 @@ from efficientnet.layout import largest_replicas, make_layout
 
 
 def layout(**changes):
-    sizes = {'global_batch': 96, 'micro_batch': 4, 'replicas': 2, 'stages': 1, 'splits': (), 'devices': 8}
+    sizes = {'global_batch': 96, 'micro_batch': 4, 'replicas': 2, 'splits': (), 'devices': 8}
     return make_layout(**(sizes | changes))
 
 
@@ -22,6 +22,15 @@ def test_reference_table(replicas, accumulation):
 def test_open_replicas_take_all_devices():
     found = layout(replicas=0)
     assert (found.replicas, found.devices, found.accumulation) == (8, 8, 3)
+    assert layout(replicas=0, splits=('a', 'b')).replicas == 2  # of 3 devices each
+    assert layout(replicas=0, splits=('a', 'b'), devices=10, processes=2).replicas == 2  # not 3: whole ones a process
+
+
+def test_groups():
+    found = layout(replicas=3, micro_batch=2, splits=('block4a',))
+    assert found.replica_groups == [[0, 1], [2, 3], [4, 5]]
+    assert found.stage_groups == [[0, 2, 4], [1, 3, 5]]
+    assert layout(replicas=4).stage_groups == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -33,8 +42,12 @@ def test_open_replicas_take_all_devices():
         ({'replicas': 9}, ['replicas=9', 'there are 8', 'replicas=8', '--cpu_devices=9']),
         ({'micro_batch': 0}, ['micro_batch=0', 'at least 1']),
         ({'replicas': -1}, ['replicas=-1', 'at least 0']),
-        ({'stages': 2}, ['stages=2', 'stages=1']),
-        ({'splits': ('block4a',)}, ['block4a']),
+        ({'replicas': 5, 'splits': ('block4a',)}, ['replicas=5', 'stages=2', 'there are 8', 'replicas=4']),
+        ({'splits': tuple('abcdefgh')}, ['stages=9', 'at most 8 stages', '--cpu_devices=18']),
+        ({'replicas': 3, 'processes': 2}, ['replicas=3', 'multiple of the 2 processes']),
+        ({'replicas': 4, 'splits': ('a', 'b', 'c'), 'processes': 2}, ['replicas=4', 'room for 2']),
+        ({'schedule': '1f1b'}, ["pipeline='1f1b'", 'grouped, sequential']),
+        ({'recompute': 'all'}, ["recompute='all'", 'none, block, stage']),
     ],
 )
 def test_sizes_that_do_not_work(changes, words):

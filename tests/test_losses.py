@@ -4,27 +4,57 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficientnet.errors import ConfigError
 from efficientnet.losses import cross_entropy, hits
 
 
-def reference_loss(logits, labels, smoothing):
+def reference_loss(logits, target, smoothing, over):
+    """`target` [N, classes]: how much of every class."""
     logits = logits.astype(np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     classes = logits.shape[1]
-    target = np.full(logits.shape, smoothing / max(classes - 1, 1))
-    target[np.arange(len(labels)), labels] = 1 - smoothing
-    return -(target * np.log(p)).sum(-1)
+    if over == 'all':
+        smoothed = (1 - smoothing) * target + smoothing / classes
+    else:
+        smoothed = (1 - smoothing) * target + smoothing / max(classes - 1, 1) * (1 - target)
+    return -(smoothed * np.log(p)).sum(-1)
 
 
+@pytest.mark.parametrize('over', ['others', 'all'])
 @pytest.mark.parametrize('smoothing', [0.0, 0.1, 0.9])
 @pytest.mark.parametrize('classes', [2, 10, 1000])
-def test_cross_entropy(smoothing, classes):
+def test_cross_entropy(smoothing, classes, over):
     rng = np.random.default_rng(0)
     logits = (rng.standard_normal((7, classes)) * 5).astype(np.float32)
     labels = rng.integers(0, classes, 7).astype(np.int32)
-    found = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing)
-    np.testing.assert_allclose(found, reference_loss(logits, labels, smoothing), rtol=2e-5)
+    found = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing, over)
+    expected = reference_loss(logits, np.eye(classes)[labels], smoothing, over)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize('over', ['others', 'all'])
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+@pytest.mark.parametrize(('classes', 'k'), [(2, 4), (10, 1), (10, 2), (1000, 4)])
+def test_weighted_labels(classes, k, smoothing, over):
+    rng = np.random.default_rng(1)
+    logits = (rng.standard_normal((7, classes)) * 5).astype(np.float32)
+    labels = rng.integers(0, classes, (7, k)).astype(np.int32)
+    weights = rng.dirichlet(np.ones(k), 7).astype(np.float32)
+    target = (np.eye(classes)[labels] * weights[:, :, None]).sum(1)
+    found = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing, over, jnp.asarray(weights))
+    np.testing.assert_allclose(found, reference_loss(logits, target, smoothing, over), rtol=2e-5)
+
+
+def test_one_label_with_all_the_weight_is_that_label():
+    logits, labels = jnp.asarray(np.random.default_rng(2).standard_normal((5, 10)), jnp.float32), jnp.arange(5)
+    alone = cross_entropy(logits, labels, 0.1)
+    np.testing.assert_array_equal(cross_entropy(logits, labels[:, None], 0.1, weights=jnp.ones((5, 1))), alone)
+
+
+def test_unknown_smoothing():
+    with pytest.raises(ConfigError, match=r'augment\.smoothing_over'):
+        cross_entropy(jnp.zeros((1, 2)), jnp.array([0]), 0.1, 'some')
 
 
 def test_large_logits_do_not_overflow():

@@ -182,7 +182,7 @@ def packing_of(numbers):
 
 
 def pack(tree, dtype):
-    return make_packing(tree).pack(jax.tree.map(jnp.asarray, tree), dtype)
+    return make_packing(tree).pack(jax.tree.map(jnp.asarray, tree), dtype)[0]
 
 
 def random_updates(seed=0, size=1e-4):
@@ -212,7 +212,7 @@ def test_bits_are_those_of_the_documented_names():
     """Key, packed array, array and row, one folded into the other: a stage or a later version must find them again."""
     found = row_bits(KEY, 'momentum', PACKING)
     row = PACKING.names.index('block1a/conv/kernel') + 3  # the arrays before it have a row each
-    assert PACKING.indices[row] == 3
+    assert PACKING.indices[0, row] == 3
     key = KEY
     for number in (zlib.crc32(b'momentum'), zlib.crc32(b'block1a/conv/kernel'), 3):
         key = jax.random.fold_in(key, number)
@@ -315,14 +315,14 @@ def test_a_stage_rounds_as_the_whole(dtype, names):
     """Any sub-tree under the same names ends on the same bits, weights and momentum alike."""
     (whole_packing, whole), (packing, part) = steps_of(SHAPES, dtype), steps_of(names, dtype)
     for a, b in zip(whole, part, strict=True):
-        tree = whole_packing.unpack(a)
-        assert bits_equal({name: tree[name] for name in names}, packing.unpack(b))
+        tree = whole_packing.unpack(a[None])
+        assert bits_equal({name: tree[name] for name in names}, packing.unpack(b[None]))
 
 
 @pytest.mark.parametrize('dtype', FORMATS)
 def test_padding_stays_zero(dtype):
     packing, arrays = steps_of(SHAPES, dtype, steps=5)
-    padding = np.asarray(packing.pack(jax.tree.map(jnp.ones_like, TREE), jnp.float32)) == 0
+    padding = np.asarray(packing.pack(jax.tree.map(jnp.ones_like, TREE), jnp.float32))[0] == 0
     assert padding.sum() > 1000
     for rows in arrays:
         assert not np.asarray(rows, np.float32)[padding].any()
@@ -340,7 +340,7 @@ def test_bits_differ_by_key_step_name_and_place():
         state, update = transform.init(ones), jax.jit(transform.update)
         for _ in range(steps):
             landing, state = update(half, state, ones)
-        return {name: np.asarray(d > 0) for name, d in packing.unpack(landing).items()}
+        return {name: np.asarray(d > 0) for name, d in packing.unpack(landing[None]).items()}
 
     base, other_key, next_step = ups(), ups(jax.random.key(12)), ups(steps=2)
     np.testing.assert_array_equal(base['a'], ups()['a'])
@@ -386,7 +386,7 @@ def test_stored_state_is_small_and_computed_in_fp32():
     for name in ('mean_square', 'momentum'):
         stored, exact = getattr(state.inner, name), getattr(plain_state, name)[0, 0]
         assert stored.dtype == jnp.float16
-        stored = np.asarray(packing.unpack(stored)['w'], np.float64)
+        stored = np.asarray(packing.unpack(stored[None])['w'], np.float64)
         assert len(set(stored)) == 2
         assert abs(stored.mean() - exact) < 4.5 * stored.std() / np.sqrt(stored.size)
     assert state.inner.count.dtype == jnp.int32
@@ -434,7 +434,7 @@ def test_empty_and_odd_shapes(tree):
     packing, weights = make_packing(tree), pack(tree, jnp.float16)
     transform = rounding_chain(packing, jnp.float16)
     after, _ = step_with(transform, weights, transform.init(weights), weights.astype(jnp.float32))
-    jax.tree.map(lambda a, w: np.testing.assert_array_equal(a, 2 * w), packing.unpack(after), tree)
+    jax.tree.map(lambda a, w: np.testing.assert_array_equal(a, 2 * w), packing.unpack(after[None]), tree)
 
 
 def test_apply_updates_in_every_format():

@@ -18,7 +18,7 @@ from efficientnet.checkpoints import Checkpoints
 from efficientnet.errors import ConfigError, RunError
 from efficientnet.interrupt import Interrupted
 from efficientnet.train import Run, evaluate, train
-from efficientnet.update import unpack_state
+from efficientnet.train_state import unpack_state
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from efficientnet import random_keys
+from efficientnet.accumulation import normalise
 from efficientnet.losses import cross_entropy
-from efficientnet.update import make_epoch_average, make_update, normalise, pack_state, unpack_state
+from efficientnet.train_state import pack_state, unpack_state
+from efficientnet.update import make_epoch_average, make_update
 from tests.tiny import run_updates, tiny_parts
 
 LAYOUTS = [(1, 16), (1, 4), (2, 8), (4, 2), (8, 1)]  # replicas, micro-batch; the global batch stays 16
@@ -80,7 +82,7 @@ def test_replicas_stay_bit_identical_in_16_bits():
     key = random_keys.purpose_key(0, 'samples')
     update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
     program = parts.grid.pmap(update, out_axes=(0, None))
-    state = parts.grid.replicate(jax.device_get(parts.init_state()))
+    state = parts.grid.place(jax.device_get(parts.init_state()))
     for batch in parts.grid.prefetch(parts.train_batches(0), 1):
         state, _ = program(state, batch)
     for leaf in jax.tree.leaves(state.params):
@@ -135,7 +137,7 @@ def test_masked_examples_count_for_nothing():
     key = random_keys.purpose_key(0, 'samples')
     update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
     program = parts.grid.pmap(update, out_axes=(0, None))
-    state = parts.grid.replicate(jax.device_get(parts.init_state()))
+    state = parts.grid.place(jax.device_get(parts.init_state()))
     batch = next(iter(parts.train_batches(0)))
     mask = np.repeat(np.float32([1, 0]), 8)
     outcomes = []
@@ -173,7 +175,7 @@ def test_the_program_reduces_once_and_not_in_the_loop():
     parts = tiny_parts(blocks=1, replicas=4, micro_batch=2)
     key = random_keys.purpose_key(0, 'samples')
     update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
-    state = parts.grid.replicate(jax.device_get(parts.init_state()))
+    state = parts.grid.place(jax.device_get(parts.init_state()))
     batch = parts.grid.shard(next(iter(parts.train_batches(0))))
     text = parts.grid.pmap(update, donate_argnums=0, out_axes=(0, None)).lower(state, batch).compile().as_text()
     reductions = re.findall(r'^.*= (\S+) all-reduce(?:-start)?\(.*$', text, re.MULTILINE)

@@ -10,7 +10,8 @@ import numpy as np
 from configs import base
 from efficientnet import random_keys, scaling
 from efficientnet.assemble import Parts, assemble
-from efficientnet.update import TrainState, make_update
+from efficientnet.train_state import TrainState
+from efficientnet.update import make_update
 
 
 def tiny_config(**changes: object) -> ml_collections.ConfigDict:
@@ -57,11 +58,11 @@ def tiny_parts(blocks: int = 2, **changes: object) -> Parts:
 
 
 def run_updates(parts: Parts, count: int, state: TrainState | None = None) -> tuple[TrainState, list[dict]]:
-    """Makes updates from the start of the data; returns the host state and the metrics of each."""
+    """Makes updates from the start of the data; returns the packed host state of all stages and the metrics of each."""
     key = random_keys.purpose_key(parts.config.seed, 'samples')
     update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
     program = parts.grid.pmap(update, out_axes=(0, None))
-    state = parts.grid.replicate(jax.device_get(parts.init_state() if state is None else state))
+    state = parts.grid.place(jax.device_get(parts.init_state() if state is None else state))
     metrics = []
     for _, batch in zip(range(count), parts.grid.prefetch(parts.train_batches(0), 1), strict=False):
         state, found = program(state, batch)
