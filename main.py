@@ -25,6 +25,16 @@ _CPU_DEVICES = flags.DEFINE_integer(
     'Virtual CPU devices to run on, to try replicas without accelerators; 0 = what there is.',
     lower_bound=0,
 )
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, if several processes share the run.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
+_PROCESS_COUNT = flags.DEFINE_integer('process_count', None, 'Processes that share the run.')
+_CLUSTER = flags.DEFINE_enum(
+    'cluster',
+    'auto',
+    ('auto', 'jax', 'none'),
+    'Who says what the three flags above leave open: the launcher (srun, mpirun, torchrun, a Kubernetes Job or '
+    "JobSet), JAX's own detection (Cloud TPU), or nobody.",
+)
 
 
 def run(_: list[str]) -> None:
@@ -40,13 +50,15 @@ def run(_: list[str]) -> None:
         jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
-    from efficientnet import train
+    from efficientnet import processes, train
 
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
-    if _MODE.value == 'train':
-        train.train(_CONFIG.value, workdir)
-    else:
-        train.evaluate(_CONFIG.value, workdir)
+    given = processes.Membership(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value)
+    with processes.connected(processes.find_membership(given, _CLUSTER.value)):
+        workdir = pathlib.Path(_WORKDIR.value).expanduser()
+        if _MODE.value == 'train':
+            train.train(_CONFIG.value, workdir)
+        else:
+            train.evaluate(_CONFIG.value, workdir)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -84,10 +96,18 @@ def main() -> None:
         try:
             run(argv)
         except (ConfigError, DataError, RunError) as error:
-            leave(error)
+            if speaks(error):
+                leave(error)
+            sys.exit(2)
         except Interrupted as error:
-            print(error, flush=True)
+            if speaks(error):
+                print(error, flush=True)
             os._exit(128 + error.number)  # a compilation left behind in a thread would delay a normal exit
+
+    def speaks(error: Exception) -> bool:
+        from efficientnet.processes import first
+
+        return not getattr(error, 'agreed', False) or first()  # what all say is said once
 
     app.run(guarded, flags_parser=parse)
 

@@ -47,6 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.norm_layout = 'strided'  # of 'group': channel c in group c mod groups; or 'contiguous'
     config.model.norm_epsilon = 1e-3  # added to the variance
     config.model.batch_norm_decay = 0.97  # of the running statistics, applied once a weight update
+    config.model.batch_norm_sync = False  # each micro-batch's statistics over all replicas; needs stages=1
     config.model.padding = 'same'  # TensorFlow's; 'symmetric' is PyTorch's
     config.model.dropout = -1.0  # before the classifier; -1 = the variant's
     config.model.survival = 0.8  # of the last block under stochastic depth; the first always survives
@@ -83,7 +84,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment.flip = True  # left-right, half the time
     config.augment.mean = (123.68, 116.78, 103.94)  # RGB, subtracted on the device
     config.augment.std = (1.0, 1.0, 1.0)  # RGB, divided by on the device; the reference doesn't
-    config.augment.label_smoothing = 0.1  # ε: the label gets 1 − ε, every other class ε/(classes − 1)
+    config.augment.label_smoothing = 0.1  # ε
+    config.augment.smoothing_over = 'others'  # ε goes to the 'others' (the reference), or to 'all' classes
+    config.augment.mixup_alpha = 0.0  # of Beta(α, α); 0 = no mixup; the reference: 0.1 for B0-B2, 0.2 from B3 on
+    config.augment.cutmix_probability = 0.0  # of a micro-batch; the reference: 0.6425 for B4
 
     # Averages of the weights are evaluated beside the weights, never instead of them.
     config.averaging = ml_collections.ConfigDict()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from efficientnet import losses, random_keys
+from efficientnet import augment, losses, random_keys
 from efficientnet.layout import AXIS, Layout
 from efficientnet.model import EfficientNet
 from efficientnet.packing import Packings, own_stage
@@ -47,6 +47,7 @@ class Micro(NamedTuple):
     label: jax.Array  # [N] int32
     mask: jax.Array  # [N] fp32
     keys: jax.Array  # [N] typed keys
+    mixing: augment.Coefficients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Stage:
         model: Those blocks.
         first: Whether its input is the images.
         last: Whether it ends in the loss.
-        rule: Precision, normalisation, smoothing.
+        rule: Precision, normalisation, mixing, smoothing.
     """
 
     model: EfficientNet
@@ -81,13 +82,16 @@ class Stage:
         """
         if self.first:
             x = normalise(micro.image, self.rule.mean, self.rule.std, self.rule.policy.compute)
+            x = augment.mix_images(x, micro.mixing)
         variables = {'params': params, 'batch_stats': batch_stats}
         y, mutated = self.model.apply(variables, x, train=True, sample_keys=micro.keys, mutable=['batch_stats'])
         found = {'batch_stats': mutated.get('batch_stats', {})}
         if not self.last:
             return y, found
         counted = micro.mask > 0
-        loss = jnp.where(counted, losses.cross_entropy(y, micro.label, self.rule.label_smoothing), 0.0)
+        labels, weights = augment.mix_labels(micro.label, micro.mixing)
+        loss = losses.cross_entropy(y, labels, self.rule.label_smoothing, self.rule.smoothing_over, weights)
+        loss = jnp.where(counted, loss, 0.0)
         metrics = {
             'loss': loss.sum(),
             'correct': (losses.hits(y, micro.label, 1) & counted).sum(dtype=jnp.float32),
@@ -121,7 +125,7 @@ def make_accumulate(
         model: The whole network, in the compute dtype.
         packings: Of the model's variables, by stage.
         layout: Replicas, stages, micro-batch, accumulation count, schedule and recomputation.
-        rule: Precision, normalisation, smoothing.
+        rule: Precision, normalisation, mixing, smoothing.
         key: The 'samples' key of the run.
     """
     blocks = stage_blocks(model.spec, layout.splits)
@@ -138,8 +142,10 @@ def make_accumulate(
         keys = random_keys.sample_keys(key, state.step, first_row + jnp.arange(layout.rows, dtype=jnp.int32))
         micros = jax.tree.map(
             lambda rows: rows.reshape(layout.accumulation, layout.micro_batch, *rows.shape[1:]),
-            Micro(batch['image'], batch['label'], batch['mask'], keys),
+            Micro(batch['image'], batch['label'], batch['mask'], keys, augment.Coefficients(None, None)),
         )
+        draw = functools.partial(augment.draw, rule.mixing, size=batch['image'].shape[1:3])
+        micros = micros._replace(mixing=jax.vmap(draw)(micros.keys, micros.mask))
         # Cast once an update, not once a micro-batch.
         rows = {'params': state.params.astype(rule.policy.compute), 'batch_stats': state.batch_stats}
         if len(stages) == 1:

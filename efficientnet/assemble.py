@@ -11,12 +11,14 @@ import optax
 
 import input_pipeline
 from efficientnet import random_keys, scaling
+from efficientnet.augment import Mixing
 from efficientnet.costs import block_costs
 from efficientnet.durations import to_steps
 from efficientnet.errors import ConfigError
 from efficientnet.grid import Grid
-from efficientnet.layout import Layout, make_layout
+from efficientnet.layout import AXIS, Layout, make_layout
 from efficientnet.loss_scale import LossScale
+from efficientnet.losses import SMOOTHED_OVER
 from efficientnet.model import EfficientNet
 from efficientnet.optimizers import make_optimizer
 from efficientnet.packing import Packings, make_packing
@@ -129,6 +131,8 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
         mean=tuple(fields.augment.mean),
         std=tuple(fields.augment.std),
         label_smoothing=fields.augment.label_smoothing,
+        smoothing_over=_smoothing_over(fields),
+        mixing=_make_mixing(fields),
         batch_norm_decay=fields.model.batch_norm_decay if fields.model.norm == 'batch' else 0.0,
         update_decay=fields.averaging.update_decay,
         epoch_decay=fields.averaging.epoch_decay,
@@ -199,6 +203,11 @@ def _make_layout(fields: Fields, model: EfficientNet, policy: Policy) -> Layout:
             storage=storage_of(policy, fields.optimizer.name, averages),
         )
     check_splits(model.spec, splits)
+    if splits and model.norm_axis:
+        raise ConfigError(
+            'model.batch_norm_sync=True needs stages=1: under pipelining the stages of a replica work on different '
+            'micro-batches at a time, and statistics over replicas would make all wait for all at every norm'
+        )
     if stages not in (1, len(splits) + 1):  # 1 is also what it is when only splits are given
         raise ConfigError(
             f'stages={stages} and splits={",".join(splits)!r} disagree: those make {len(splits) + 1} stages; give one'
@@ -224,28 +233,18 @@ def _open_sources(fields: Fields) -> tuple[input_pipeline.Source, input_pipeline
 
 
 def _make_model(fields: Fields, classes: int, compute: Any) -> EfficientNet:
-    spec = scaling.model_spec(
-        fields.variant,
-        group_size=fields.group_size,
-        expand_ratio=fields.expand_ratio or None,
-        width=fields.width or None,
-        depth=fields.depth or None,
-        classes=classes,
-        stem_stride=fields.stem_stride,
-        dropout=None if fields.dropout == -1 else fields.dropout,
-        survival=fields.survival,
-    )
-    grouped = {}
-    if fields.norm == 'group':
-        grouped = {'norm_groups': fields.norm_groups, 'norm_layout': fields.norm_layout}
+    options: dict[str, Any] = {
+        'group': lambda: {'norm_groups': fields.norm_groups, 'norm_layout': fields.norm_layout},
+        'batch': lambda: {'norm_axis': AXIS if fields.batch_norm_sync else None},
+    }
     return EfficientNet(
-        spec=spec,
+        spec=scaling.configured_spec(fields, classes),
         norm=fields.norm,
         epsilon=fields.norm_epsilon,
         padding=fields.padding,
         conv_method=fields.conv_method,
         dtype=compute,
-        **grouped,
+        **options.get(fields.norm, dict)(),
     )
 
 
@@ -304,6 +303,25 @@ def _make_optimizer(
         weight_decay=o.weight_decay,
         **options.get(o.name, dict)(),
     )
+
+
+def _smoothing_over(fields: Fields) -> str:
+    if not fields.augment.label_smoothing:
+        return SMOOTHED_OVER[0]
+    over = fields.augment.smoothing_over
+    if over not in SMOOTHED_OVER:
+        raise ConfigError(f'augment.smoothing_over={over!r} is unknown; choose one of {", ".join(SMOOTHED_OVER)}')
+    return over
+
+
+def _make_mixing(fields: Fields) -> Mixing:
+    mixing = Mixing(fields.augment.mixup_alpha, fields.augment.cutmix_probability)
+    if (mixing.mixup_alpha or mixing.cutmix_probability) and fields.micro_batch == 1:
+        raise ConfigError(
+            'micro_batch=1 leaves no second image for augment.mixup_alpha and augment.cutmix_probability to mix with; '
+            'raise it, or set both to 0'
+        )
+    return mixing
 
 
 def _check_input(fields: Fields, parts: Parts) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from scipy.special import betaincinv
 
 from efficientnet.errors import ConfigError
-from efficientnet.model import layer_keys
+from efficientnet.random_keys import layer_keys
 
 DECAY = 4.0  # of the density of a cutmix box's area, in units of 1 / (area of the image); the reference's
 CELLS = 4096  # of the table that mixup coefficients are drawn from

@@ -42,7 +42,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             enable_async_checkpointing=False,  # a failed background save would surface an epoch later
+            # Only process 0 comes here; Orbax must not wait for others.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}, barrier_sync_key_prefix='first'
+            ),
+            create=False,
         )
+        directory.mkdir(parents=True, exist_ok=True)
         if owner:
             # Orbax would clear them away in a thread that it doesn't wait for.
             for leftover in directory.glob('*.orbax-checkpoint-tmp*'):

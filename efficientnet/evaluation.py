@@ -36,14 +36,15 @@ def make_gather(layout: Layout, rule: UpdateRule) -> Callable[[Tree], Tree]:
 
 def make_evaluate(
     model: EfficientNet, packings: Packings, rule: UpdateRule
-) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
+) -> Callable[[Tree, Batch, jax.Array], dict[str, jax.Array]]:
     """Returns the per-device function that sums loss and hits over a batch and over the axis `AXIS`.
 
-    It takes the packed variables of all stages, as `make_gather` gives them, and the device's rows of a batch; the
-    sums are 'loss', 'top1', 'top5' and 'count', fp32 and equal on all devices.
+    It takes the packed variables of all stages, as `make_gather` gives them, the device's rows of a batch, and
+    whether its process was asked to leave, fp32 []; the sums are 'loss', 'top1', 'top5', 'count' and 'stop', fp32
+    and equal on all devices.
     """
 
-    def evaluate(variables: Tree, batch: Batch) -> dict[str, jax.Array]:
+    def evaluate(variables: Tree, batch: Batch, stop: jax.Array) -> dict[str, jax.Array]:
         images = normalise(batch['image'], rule.mean, rule.std, rule.policy.compute)
         logits = model.apply(packings.unpack(variables), images, train=False)
         label, counted = batch['label'], batch['mask'] > 0
@@ -54,6 +55,7 @@ def make_evaluate(
             'top1': (losses.hits(logits, label, 1) & counted).sum(dtype=jnp.float32),
             'top5': (losses.hits(logits, label, 5) & counted).sum(dtype=jnp.float32),
             'count': counted.sum(dtype=jnp.float32),
+            'stop': stop,
         }
         return jax.lax.psum(sums, AXIS)
 
@@ -61,7 +63,7 @@ def make_evaluate(
 
 
 def run_evaluation(
-    evaluate: Callable[[Tree, Batch], dict[str, jax.Array]],
+    evaluate: Callable[[Tree, Batch, jax.Array], dict[str, jax.Array]],
     grid: Grid,
     variables: Tree,
     batches: Iterable[dict[str, np.ndarray]],
@@ -71,27 +73,31 @@ def run_evaluation(
     """Evaluates one set of variables.
 
     Args:
-        evaluate: The mapped function of `make_evaluate`.
+        evaluate: The program of `make_evaluate`.
         grid: Where it runs.
         variables: As `make_gather` gives them, on the grid.
         batches: This process's host batches; rows divide by the number of its devices.
-        stop: Asked between batches; True gives the evaluation up.
+        stop: Asked between batches whether this process should leave; True in any process gives the evaluation up.
 
     Returns:
         {'loss', 'accuracy', 'top5', 'count'}: means over the examples, and how many there were; None if stopped.
     """
-    waiting, totals = None, np.zeros(4)
+    waiting, totals, alone = None, np.zeros(5), grid.layout.processes == 1
+    flags = [grid.flag(value) for value in (False, True)]
     for batch in grid.prefetch(batches, 1):
-        if stop():
+        asked = stop()
+        if alone and asked:
             return None
-        sums = evaluate(variables, batch)
+        sums = evaluate(variables, batch, flags[asked])
         totals += _read(waiting)  # one batch late, so that the devices never wait for the host
         waiting = sums
-    loss, top1, top5, count = totals + _read(waiting)
+        if totals[-1]:  # all processes see this at the same batch
+            return None
+    loss, top1, top5, count, _ = totals + _read(waiting)
     return {'loss': loss / count, 'accuracy': top1 / count, 'top5': top5 / count, 'count': int(count)}
 
 
 def _read(sums: dict[str, jax.Array] | None) -> np.ndarray:
     if sums is None:
-        return np.zeros(4)
-    return np.array([float(sums[name]) for name in ('loss', 'top1', 'top5', 'count')])
+        return np.zeros(5)
+    return np.array([float(sums[name]) for name in ('loss', 'top1', 'top5', 'count', 'stop')])

@@ -34,9 +34,25 @@ class Grid:
         self.local_devices = [device for device in self.devices if device.process_index == jax.process_index()]
         self._sharding = NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec(AXIS))
 
-    def pmap(self, function: Callable, **options: Any) -> Callable:
-        """Returns `function` mapped over the grid, with the axis name `AXIS`."""
-        return jax.pmap(function, axis_name=AXIS, devices=self.devices, **options)
+    def compile(self, function: Callable, *shapes: Any, **options: Any) -> Callable:
+        """Returns the program of `function` mapped over the grid, with the axis name `AXIS`.
+
+        Args:
+            function: What one device does.
+            shapes: Of its arguments, one a tree: what one device holds.
+            options: Of `jax.pmap`.
+        """
+
+        def stand_in(leaf: Any) -> np.ndarray:
+            # Lowering wants arrays when there are several processes; these take no memory.
+            return np.broadcast_to(np.zeros((), leaf.dtype), (len(self.local_devices), *leaf.shape))
+
+        mapped = jax.pmap(function, axis_name=AXIS, devices=self.devices, **options)
+        return mapped.lower(*jax.tree.map(stand_in, shapes)).compile()
+
+    def flag(self, value: bool) -> jax.Array:
+        """Returns one number a device, fp32 [devices], set in all devices of this process."""
+        return self._place([np.full(1, value, np.float32)] * len(self.local_devices))
 
     def place(self, tree: Any) -> Any:
         """Puts every stage's entry of [stages, …] on the devices of that stage, in all replicas."""

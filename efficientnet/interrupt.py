@@ -10,8 +10,8 @@ class Interrupted(Exception):  # noqa: N818 - not an error
     """The run was asked to leave by the signal of this number; the message says what was saved."""
 
     def __init__(self, number: int, message: str = 'nothing new to save') -> None:
-        super().__init__(f'{signal.Signals(number).name}: {message}')
-        self.number = number
+        self.number = number or signal.SIGTERM  # 0: it came to another process
+        super().__init__(f'{signal.Signals(self.number).name}: {message}')
 
 
 class Interrupt:

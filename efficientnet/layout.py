@@ -117,9 +117,17 @@ def make_layout(
     return Layout(replicas, micro_batch, accumulation, splits, schedule, recompute, processes)
 
 
-def largest_replicas(global_batch: int, devices: int) -> int:
-    """Returns the largest number of replicas, at most `devices`, that divides the global batch."""
-    return max(count for count in range(1, devices + 1) if global_batch % count == 0)
+def largest_replicas(global_batch: int, devices: int, processes: int) -> int:
+    """Returns the largest number of replicas, at most `devices`, that divides the global batch and the processes share.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    counts = range(processes, devices + 1, processes)
+    dividing = [count for count in counts if global_batch % count == 0]
+    if not dividing:
+        raise ConfigError(f'global_batch={global_batch} cannot be shared among {processes} processes; start fewer')
+    return max(dividing)
 
 
 def _too_many(replicas: int, stages: int, devices: int, processes: int, room: int) -> str:

@@ -6,7 +6,6 @@ stochastic depth draw from one key a sample: what a sample sees does not depend 
 """
 
 import functools
-import zlib
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -17,9 +16,10 @@ from jax import Array
 from efficientnet.convolution import METHODS, Padding, grouped_conv
 from efficientnet.errors import ConfigError
 from efficientnet.normalization import BatchNorm, GroupNorm, Layout, ProxyNormSwish
+from efficientnet.random_keys import layer_keys
 from efficientnet.scaling import BlockSpec, ModelSpec, block_names
 
-SHARED = ('norm', 'norm_groups', 'norm_layout', 'epsilon', 'padding', 'conv_method', 'dtype')
+SHARED = ('norm', 'norm_groups', 'norm_layout', 'norm_axis', 'epsilon', 'padding', 'conv_method', 'dtype')
 NORMS = ('group', 'batch', 'layer_proxy')
 DENSE_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'truncated_normal')
 GROUPED_INIT = nn.initializers.variance_scaling(2.0, 'fan_in', 'truncated_normal')
@@ -51,6 +51,7 @@ class Layers(nn.Module):
         norm: 'group', 'batch', or 'layer_proxy' (layer norm and proxy norm).
         norm_groups: groups of 'group'.
         norm_layout: 'strided' or 'contiguous' groups of 'group'.
+        norm_axis: of 'batch', mapped axis over which statistics are taken together; None = each device its own.
         epsilon: added to the variance.
         padding: 'same' (TensorFlow) or 'symmetric' (PyTorch).
         conv_method: formulation of the blocks' spatial convolution, a key of `convolution.METHODS` or 'auto'.
@@ -60,6 +61,7 @@ class Layers(nn.Module):
     norm: Literal['group', 'batch', 'layer_proxy'] = 'group'
     norm_groups: int = 4
     norm_layout: Layout = 'strided'
+    norm_axis: str | None = None
     epsilon: float = 1e-3
     padding: Padding = 'same'
     conv_method: str = 'auto'
@@ -68,7 +70,7 @@ class Layers(nn.Module):
     def normalize(self, name: str, x: Array, train: bool, use_bias: bool = True) -> Array:
         """Group or batch norm."""
         if self.norm == 'batch':
-            return BatchNorm(self.epsilon, name=name)(x, train=train)
+            return BatchNorm(self.epsilon, self.norm_axis, name=name)(x, train=train)
         return GroupNorm(self.norm_groups, self.norm_layout, self.epsilon, use_bias, name=name)(x)
 
     def normalize_swish(self, name: str, x: Array, train: bool) -> Array:
@@ -242,12 +244,6 @@ class EfficientNet(Layers, kw_only=True):
 
 def _run_block(block: nn.Module, x: Array, sample_keys: Array | None, train: bool) -> Array:
     return block(x, train=train, sample_keys=sample_keys)
-
-
-def layer_keys(sample_keys: Array, layer: str) -> Array:
-    """One key a sample for a named layer: fold_in(sample_key, crc32(layer)), [N]."""
-    code = jnp.uint32(zlib.crc32(layer.encode()))
-    return jax.vmap(jax.random.fold_in, (0, None))(sample_keys, code)
 
 
 def stochastic_depth(x: Array, survival: float, keys: Array) -> Array:

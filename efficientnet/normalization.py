@@ -119,9 +119,11 @@ class BatchNorm(nn.Module):
 
     Attributes:
         epsilon: added to the variance.
+        axis: mapped axis whose devices take one statistic over all their micro-batches; None = each its own.
     """
 
     epsilon: float = 1e-3
+    axis: str | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -134,14 +136,17 @@ class BatchNorm(nn.Module):
 
         x32 = x.astype(jnp.float32)
         if train:
-            mean = x32.mean((0, 1, 2))
-            variance = jnp.square(x32 - mean[None, None, None, :]).mean((0, 1, 2))
+            mean = self._across(x32.mean((0, 1, 2)))
+            variance = self._across(jnp.square(x32 - mean[None, None, None, :]).mean((0, 1, 2)))
             if self.is_mutable_collection('batch_stats') and not self.is_initializing():
                 stored_mean.value, stored_variance.value = mean, variance
         else:
             mean = stored_mean.value.astype(jnp.float32)
             variance = stored_variance.value.astype(jnp.float32)
         return _normalize(x32, mean[None], variance[None], scale, bias, self.epsilon).astype(x.dtype)
+
+    def _across(self, mean: Array) -> Array:
+        return mean if self.axis is None else jax.lax.pmean(mean, self.axis)
 
 
 class ProxyNormSwish(nn.Module):

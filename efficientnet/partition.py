@@ -44,7 +44,7 @@ from ml_collections import config_flags
 
 from efficientnet.costs import FP32_BYTES, BlockCost, block_costs
 from efficientnet.errors import ConfigError
-from efficientnet.scaling import ModelSpec, block_names, model_spec
+from efficientnet.scaling import ModelSpec, block_names, configured_spec
 
 if TYPE_CHECKING:
     from efficientnet.precision import Policy  # imports JAX, which nothing here needs
@@ -413,15 +413,7 @@ def report(config: ml_collections.ConfigDict, classes: int = 1000) -> str:
     from efficientnet.precision import policy as policy_of
 
     model, policy = config.model, policy_of(config.precision.policy)
-    spec = model_spec(
-        model.variant,
-        group_size=model.group_size,
-        expand_ratio=model.expand_ratio or None,
-        width=model.width or None,
-        depth=model.depth or None,
-        classes=classes,
-        stem_stride=model.stem_stride,
-    )
+    spec = configured_spec(model, classes)
     costs = block_costs(spec, config.image_size, norm=model.norm)
     averages = (config.averaging.epoch_decay > 0) + (config.averaging.update_decay > 0)
     options = {

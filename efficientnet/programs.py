@@ -1,5 +1,6 @@
 """The compiled programs of a run, all known from shapes alone and therefore compiled side by side."""
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -14,14 +15,15 @@ from efficientnet.train_state import TrainState
 from efficientnet.update import make_epoch_average, make_update
 
 Tree = Any
+FLAG = jax.ShapeDtypeStruct((), np.float32)
 
 
 class Programs(NamedTuple):
     """Compiled functions over the grid; what is not needed is None."""
 
-    evaluate: Callable[[Tree, Tree], Tree]  # variables of `gather`, batch -> sums
+    evaluate: Callable[[Tree, Tree, jax.Array], Tree]  # variables of `gather`, batch, stop -> sums
     gather: Callable[[Tree], Tree]  # each device's packed variables -> those of all stages, in the compute dtype
-    update: Callable[[TrainState, Tree], tuple[TrainState, Tree]] | None  # the state is donated
+    update: Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Tree]] | None  # the state is donated
     epoch_average: Callable[[TrainState], TrainState] | None  # likewise
     initial: TrainState | None  # not compiled but computed: the state before the first update, on the host
 
@@ -35,16 +37,16 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool) -> Programs:
         initial: Whether it starts from the beginning.
     """
     grid, rule = parts.grid, parts.rule
-    state = _on_grid(parts, parts.state_shapes())
-    gather = grid.pmap(make_gather(grid.layout, rule))
-    variables = jax.eval_shape(gather, {'params': state.params, 'batch_stats': state.batch_stats})
-    evaluate = grid.pmap(make_evaluate(parts.model, parts.packings, rule), out_axes=None)
-    jobs = {'evaluate': lambda: _compile(evaluate, variables, _batch(parts, evaluation=True))}
+    jobs: dict[Any, Callable] = {
+        np.dtype(dtype): functools.partial(compile_gather, parts, dtype)
+        for dtype in {rule.policy.master, rule.policy.average}
+    }
+    jobs['evaluate'] = functools.partial(compile_evaluate, parts)
     if update:
-        key = random_keys.purpose_key(parts.config.seed, 'samples')
-        function = make_update(parts.model, parts.optimizer, parts.packings, grid.layout, rule, key)
-        program = grid.pmap(function, donate_argnums=0, out_axes=(0, None))
-        jobs['update'] = lambda: _compile(program, state, _batch(parts, evaluation=False))
+        jobs['update'] = functools.partial(compile_update, parts)
+    if update and rule.epoch_decay:
+        state = _on_device(parts.state_shapes())
+        jobs['epoch_average'] = lambda: grid.compile(make_epoch_average(rule), state, donate_argnums=0)
     if initial:
         jobs['initial'] = lambda: jax.device_get(parts.init_state())
     with ThreadPoolExecutor() as pool:
@@ -52,28 +54,56 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool) -> Programs:
         done = {name: job.result() for name, job in running.items()}
     return Programs(
         evaluate=done['evaluate'],
-        gather=gather,
+        gather=lambda variables: done[variables['params'].dtype](variables),
         update=done.get('update'),
-        epoch_average=grid.pmap(make_epoch_average(rule), donate_argnums=0) if update and rule.epoch_decay else None,
+        epoch_average=done.get('epoch_average'),
         initial=done.get('initial'),
     )
 
 
-def _compile(program: Any, *shapes: Tree) -> Callable:
-    return program.lower(*shapes).compile()
+def compile_update(parts: Parts) -> Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Tree]]:
+    """Compiles the weight update."""
+    layout = parts.grid.layout
+    key = random_keys.purpose_key(parts.config.seed, 'samples')
+    update = make_update(parts.model, parts.optimizer, parts.packings, layout, parts.rule, key)
+    state, batch = _on_device(parts.state_shapes()), _batch(parts, -(-layout.rows // layout.stages))
+    return parts.grid.compile(update, state, batch, FLAG, donate_argnums=0, out_axes=(0, None))
 
 
-def _on_grid(parts: Parts, tree: Tree) -> Tree:
-    """Shapes on the grid of a host tree whose leaves are [stages, …]."""
-    devices = parts.grid.layout.devices
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape[1:]), leaf.dtype), tree)
+def compile_gather(parts: Parts, dtype: jax.typing.DTypeLike) -> Callable[[Tree], Tree]:
+    """Compiles the gathering of variables whose parameters have a dtype."""
+    return parts.grid.compile(make_gather(parts.grid.layout, parts.rule), _variables(parts, dtype))
 
 
-def _batch(parts: Parts, *, evaluation: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    layout, size = parts.grid.layout, parts.config.image_size
-    rows = parts.config.evaluation.batch if evaluation else -(-layout.rows // layout.stages)
+def compile_evaluate(parts: Parts) -> Callable[[Tree, Tree, jax.Array], Tree]:
+    """Compiles the evaluation of a batch."""
+    stages, batch = parts.grid.layout.stages, _batch(parts, parts.config.evaluation.batch)
+    variables = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((stages, *leaf.shape), leaf.dtype),
+        _variables(parts, parts.rule.policy.compute),
+    )
+    return parts.grid.compile(
+        make_evaluate(parts.model, parts.packings, parts.rule), variables, batch, FLAG, out_axes=None
+    )
+
+
+def _on_device(tree: Tree) -> Tree:
+    """Shapes on one device of a host tree whose leaves are [stages, …]."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree)
+
+
+def _variables(parts: Parts, dtype: jax.typing.DTypeLike) -> Tree:
+    """Shapes of one stage's packed variables with parameters of a dtype."""
+    dtypes = {'params': dtype, 'batch_stats': np.float32}
     return {
-        'image': jax.ShapeDtypeStruct((layout.devices, rows, size, size, 3), np.uint8),
-        'label': jax.ShapeDtypeStruct((layout.devices, rows), np.int32),
-        'mask': jax.ShapeDtypeStruct((layout.devices, rows), np.float32),
+        name: jax.ShapeDtypeStruct(packing.shape, dtypes[name]) for name, packing in parts.packings._asdict().items()
+    }
+
+
+def _batch(parts: Parts, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    size = parts.config.image_size
+    return {
+        'image': jax.ShapeDtypeStruct((rows, size, size, 3), np.uint8),
+        'label': jax.ShapeDtypeStruct((rows,), np.int32),
+        'mask': jax.ShapeDtypeStruct((rows,), np.float32),
     }

@@ -3,6 +3,7 @@
 import zlib
 
 import jax
+import jax.numpy as jnp
 
 
 def purpose_key(seed: int, purpose: str) -> jax.Array:
@@ -19,3 +20,14 @@ def sample_keys(key: jax.Array, step: jax.Array, samples: jax.Array) -> jax.Arra
         samples: [N] int32, rows in the global batch.
     """
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), samples)
+
+
+def layer_keys(sample_keys: jax.Array, layer: str) -> jax.Array:
+    """Returns one typed key a sample for whoever has this name: fold_in(sample key, crc32(name)), [N].
+
+    Args:
+        sample_keys: [N] typed keys.
+        layer: A block, or another consumer such as 'mixup'.
+    """
+    code = jnp.uint32(zlib.crc32(layer.encode()))
+    return jax.vmap(jax.random.fold_in, (0, None))(sample_keys, code)

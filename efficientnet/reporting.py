@@ -12,6 +12,7 @@ from tensorboard.summary import Writer
 
 from efficientnet.assemble import Parts
 from efficientnet.partition import stage_blocks
+from efficientnet.processes import first
 
 COLUMNS = (
     'step',  # updates so far, skipped ones counted
@@ -34,8 +35,9 @@ COLUMNS = (
 
 
 def say(*lines: str) -> None:
-    """Prints lines for a person, at once."""
-    print(*lines, sep='\n', flush=True)
+    """Prints lines for a person, at once; in process 0 only."""
+    if first() and lines:
+        print(*lines, sep='\n', flush=True)
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
@@ -67,7 +69,9 @@ def describe(parts: Parts) -> list[str]:
         *_stages(parts),
         f'numbers  {policy.name} ({policy.compute} compute, {policy.master} weights, '
         f'{config.precision.rounding} rounding), {config.optimizer.name}',
-        f'devices  {len(parts.grid.devices)} × {device.device_kind} ({device.platform}), jax {jax.__version__}',
+        f'devices  {len(parts.grid.devices)} × {device.device_kind} ({device.platform})'
+        + (f' in {layout.processes} processes' if layout.processes > 1 else '')
+        + f', jax {jax.__version__}',
     ]
 
 

@@ -8,7 +8,7 @@ stated once and no array library is needed to apply them.
 import dataclasses
 import math
 import string
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from efficientnet.errors import ConfigError
 
@@ -185,6 +185,26 @@ def model_spec(
         classes=classes,
         dropout=dropout,
         resolution=base.resolution,
+    )
+
+
+def configured_spec(fields: Any, classes: int) -> ModelSpec:
+    """Returns what a config's `model` section asks for.
+
+    Args:
+        fields: `config.model` of configs/base.py.
+        classes: number of logits.
+    """
+    return model_spec(
+        fields.variant,
+        group_size=fields.group_size,
+        expand_ratio=fields.expand_ratio or None,
+        width=fields.width or None,
+        depth=fields.depth or None,
+        classes=classes,
+        stem_stride=fields.stem_stride,
+        dropout=None if fields.dropout == -1 else fields.dropout,
+        survival=fields.survival,
     )
 
 

@@ -13,7 +13,8 @@ import ml_collections
 from configs import base
 from efficientnet.errors import ConfigError
 
-# These may change when a run is resumed: they say where and how it runs, not what it computes.
+# These may change when a run is resumed: they say where and how it runs, not what it computes. (Except that
+# images are mixed within a micro-batch, and batch norm takes its statistics there.)
 RESUMABLE = (
     'micro_batch',
     'replicas',
@@ -84,14 +85,19 @@ def check_used(fields: Fields) -> None:
 
 
 def check_resumable(stored: dict[str, Any], config: dict[str, Any], workdir: str) -> None:
-    """Raises ConfigError if the run in `workdir` was made with other settings than those of `RESUMABLE`.
+    """Raises ConfigError if the run in `workdir` was made with other settings than may change, see `RESUMABLE`.
 
     Args:
         stored: The flat config that the run was started with.
         config: The flat config of the run that would go on.
         workdir: Named in the message.
     """
-    names = sorted((stored.keys() | config.keys()) - set(RESUMABLE))
+    free = set(RESUMABLE)
+    if config.get('augment.mixup_alpha') or config.get('augment.cutmix_probability') or config['model.norm'] == 'batch':
+        free -= {'micro_batch'}
+    if config.get('model.batch_norm_sync'):
+        free -= {'replicas'}
+    names = sorted((stored.keys() | config.keys()) - free)
     absent = object()
     changed = [name for name in names if stored.get(name, absent) != config.get(name, absent)]
     if changed:

@@ -1,11 +1,13 @@
 """Training and evaluating: what happens between a config and a summary, top to bottom."""
 
+import contextlib
 import pathlib
 from typing import Any
 
 import jax
 import ml_collections
 
+from efficientnet import processes
 from efficientnet.assemble import Parts, assemble
 from efficientnet.checkpoints import Checkpoints
 from efficientnet.errors import ConfigError, RunError
@@ -35,9 +37,10 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
         RunError: The run cannot go on.
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
-    parts = assemble(config)
+    parts = processes.together(lambda: assemble(config))
     say(*describe(parts))
-    with claim(workdir, parts), Interrupt() as interrupt:
+    with contextlib.ExitStack() as stack, Interrupt() as interrupt:
+        processes.from_first(lambda: stack.enter_context(claim(workdir, parts)))
         run = Run(parts, workdir, interrupt)
         try:
             run.restore()
@@ -59,20 +62,22 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
     Returns:
         The evaluation columns of metrics.csv.
     """
-    config = stored_config(workdir, config)
+    config = processes.from_first(lambda: stored_config(workdir, config))
     with config.unlocked():
-        config.micro_batch, config.replicas = 1, largest_replicas(config.global_batch, jax.device_count())
+        config.micro_batch = 1
+        config.replicas = largest_replicas(config.global_batch, jax.device_count(), jax.process_count())
         config.stages, config.splits, config.pipeline = 1, 'auto', 'grouped'
-    parts = assemble(config)
+        config.augment.mixup_alpha = config.augment.cutmix_probability = 0.0  # nothing is mixed with micro_batch=1
+    parts = processes.together(lambda: assemble(config))
     with Interrupt() as interrupt:
         run = Run(parts, workdir, interrupt, owner=False)
         try:
             run.restore()
             if not run.position:
-                raise ConfigError(f'{workdir} has no checkpoint to evaluate; train first')
+                raise processes.agreed(ConfigError(f'{workdir} has no checkpoint to evaluate; train first'))
             run.compile(update=False)
             if not run.evaluate():
-                raise Interrupted(interrupt.number)
+                raise processes.agreed(Interrupted(interrupt.number))
         finally:
             run.close()
     say(f'step {run.position}  test accuracy {evaluation_text(run.evaluation)}')
@@ -84,7 +89,9 @@ class Run:
 
     def __init__(self, parts: Parts, workdir: pathlib.Path, interrupt: Interrupt, *, owner: bool = True) -> None:
         self.parts, self.workdir, self._interrupt = parts, workdir, interrupt
-        self._checkpoints = Checkpoints(workdir / 'checkpoints', parts.config.checkpoint.keep, owner=owner)
+        self._checkpoints: Checkpoints | None = None  # like the report, in process 0 only
+        if processes.first():
+            self._checkpoints = Checkpoints(workdir / 'checkpoints', parts.config.checkpoint.keep, owner=owner)
         self.position = 0  # batches consumed, which is updates made or skipped
         self.evaluation: dict[str, float] = {}  # the last one
         self._evaluated_at = 0
@@ -93,12 +100,14 @@ class Run:
         self._clock = Clock({})
         self._report: Report | None = None
         self._waiting: dict[str, jax.Array] | None = None
+        self._others_leave = False  # some process was asked to, before the update whose metrics were read last
 
     def restore(self) -> None:
         """Puts the newest whole checkpoint on the grid, if there is one."""
         parts = self.parts
         shapes = parts.state_shapes()
-        found = self._checkpoints.restore_newest(jax.eval_shape(lambda s: unpack_state(s, parts.packings), shapes))
+        plain = jax.eval_shape(lambda state: unpack_state(state, parts.packings), shapes)
+        found = processes.from_first(lambda: self._checkpoints.restore_newest(plain))
         if found is None:
             return
         state, facts, complaints = found
@@ -124,29 +133,21 @@ class Run:
 
     def loop(self) -> None:
         """Makes updates until the end of the run, with evaluations, averages, checkpoints and rows on the way."""
-        parts, grid, layout = self.parts, self.parts.grid, self.parts.grid.layout
-        self._checkpoints.discard_after(self.position)
-        with writing(self.workdir, self.position):
-            self._report = Report(
-                self.workdir,
-                step=self.position,
-                total_steps=parts.total_steps,
-                epochs_per_step=layout.global_batch / parts.train_source.num_examples,
-                global_batch=layout.global_batch,
-                clock=self._clock,
-            )
+        parts, grid = self.parts, self.parts.grid
+        processes.from_first(self._open_books)
         self._round_off()  # an interrupted run may owe an evaluation
+        flags = [grid.flag(value) for value in (False, True)]
         for batch in grid.prefetch(parts.train_batches(self.position), parts.config.input.prefetch):
-            if self._interrupt.requested():
+            if self._must_leave():
                 self._leave()
-            self._state, metrics = self._programs.update(self._state, batch)
+            self._state, metrics = self._programs.update(self._state, batch, flags[self._interrupt.requested()])
             self._read_waiting()
             self._waiting = metrics
             self.position += 1
             if self._programs.epoch_average and self._epochs(self.position) > self._epochs(self.position - 1):
                 self._state = self._programs.epoch_average(self._state)
             self._round_off()
-        if self._interrupt.requested() and self.position < parts.total_steps:
+        if self._must_leave() and self.position < parts.total_steps:
             self._leave()
 
     def evaluate(self) -> bool:
@@ -176,6 +177,9 @@ class Run:
 
     def summarise(self) -> dict[str, Any]:
         """Writes and returns summary.json, and says how the run ended."""
+        return processes.from_first(self._summarise)
+
+    def _summarise(self) -> dict[str, Any]:
         parts, layout, clock = self.parts, self.parts.grid.layout, self._clock
         clock.tick()
         state = self._fetch()
@@ -211,9 +215,24 @@ class Run:
 
     def close(self) -> None:
         """Closes files and threads; everything worth keeping has been written before."""
-        self._checkpoints.close()
+        if self._checkpoints:
+            self._checkpoints.close()
         if self._report:
             self._report.close()
+
+    def _open_books(self) -> None:
+        """Makes ready what process 0 writes to while the run goes on."""
+        parts, layout = self.parts, self.parts.grid.layout
+        self._checkpoints.discard_after(self.position)
+        with writing(self.workdir, self.position):
+            self._report = Report(
+                self.workdir,
+                step=self.position,
+                total_steps=parts.total_steps,
+                epochs_per_step=layout.global_batch / parts.train_source.num_examples,
+                global_batch=layout.global_batch,
+                clock=self._clock,
+            )
 
     def _round_off(self) -> None:
         """After an update: evaluates, writes a row and saves, where each is due."""
@@ -232,39 +251,54 @@ class Run:
             self._best = {'accuracy': self.evaluation['test_accuracy'], 'step': position}
             saves = self._saved_at != position
         self._clock.tick()
-        if evaluates or logs:
-            with writing(self.workdir, self._saved_at):
-                self._report.row(position, self.evaluation if evaluates else None)
-        if saves:
-            self._save()
+
+        def write() -> None:
+            if evaluates or logs:
+                with writing(self.workdir, self._saved_at):
+                    self._report.row(position, self.evaluation if evaluates else None)
+            if saves:
+                self._write_checkpoint()
+
+        processes.from_first(write)
+        self._saved_at = position if saves else self._saved_at
+        self._clock.tick()
 
     def _read_waiting(self) -> None:
         """Waits for the metrics of the last update but one read late, and stops a run that makes no progress."""
         if self._waiting is None:
             return
         metrics, self._waiting = self._waiting, None
-        self._report.add(jax.device_get(metrics))
+        self._others_leave = bool(metrics['stop'])
+        if self._report:
+            self._report.add(jax.device_get(metrics))
         limit, in_row = self.parts.config.precision.max_skipped, int(metrics['skipped_in_row'])
         if in_row >= limit:
-            raise RunError(
+            error = RunError(
                 f'{in_row} updates in a row were not finite (precision.max_skipped={limit}), the last at step '
                 f'{self.position}; lower optimizer.rate_per_example or precision.initial_loss_scale; '
                 f'the newest checkpoint in {self.workdir} is of step {self._saved_at}'
             )
+            raise processes.agreed(error)
+
+    def _must_leave(self) -> bool:
+        """Tells whether a signal has come: to this process if it is alone, else to any, an update ago."""
+        return self._others_leave if self.parts.grid.layout.processes > 1 else self._interrupt.requested()
 
     def _leave(self) -> None:
         """Saves and raises Interrupted."""
         self._read_waiting()
         self._clock.tick('training')
         if self.position > self._saved_at:
-            self._save()
-        raise Interrupted(
+            processes.from_first(self._write_checkpoint)
+            self._saved_at = self.position
+        error = Interrupted(
             self._interrupt.number,
             f'saved at step {self._saved_at} of {self.parts.total_steps} in {self.workdir}; '
             'the same command goes on from there',
         )
+        raise processes.agreed(error)
 
-    def _save(self) -> None:
+    def _write_checkpoint(self) -> None:
         accuracy = self.evaluation['test_accuracy'] if self._evaluated_at == self.position else None
         self._clock.tick()
         facts = {
@@ -275,8 +309,6 @@ class Run:
         }
         with writing(self.workdir, self._saved_at):
             self._checkpoints.save(self.position, self._fetch(), facts, accuracy)
-        self._saved_at = self.position
-        self._clock.tick()
 
     def _fetch(self) -> TrainState:
         """Copies the plain state to the host."""

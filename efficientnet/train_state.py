@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from efficientnet.augment import Mixing
 from efficientnet.loss_scale import LossScale, LossScaleState
 from efficientnet.packing import Packings, StagedPacking
 from efficientnet.precision import Policy
@@ -45,6 +46,8 @@ class UpdateRule:
     mean: tuple[float, ...]  # a channel
     std: tuple[float, ...]
     label_smoothing: float
+    smoothing_over: str  # of `losses.SMOOTHED_OVER`
+    mixing: Mixing
     batch_norm_decay: float
     update_decay: float  # 0 = no average
     epoch_decay: float

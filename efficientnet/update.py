@@ -33,8 +33,11 @@ def make_update(
     layout: Layout,
     rule: UpdateRule,
     key: jax.Array,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the per-device function of one weight update, to be mapped over the axis `AXIS`.
+
+    It takes the device's state, its part of the batch, and whether its process was asked to leave, fp32 []; the
+    metric 'stop' counts the devices that were.
 
     Args:
         model: Applied to micro-batches in the compute dtype.
@@ -46,8 +49,8 @@ def make_update(
     """
     accumulate = make_accumulate(model, packings, layout, rule, key)
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        vector, unravel = ravel_pytree(accumulate(state, batch))
+    def update(state: TrainState, batch: Batch, stop: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        vector, unravel = ravel_pytree(accumulate(state, batch) | {'stop': stop})
         sums = unravel(_sum_over(vector, layout.stage_groups))
         # Each micro-batch contributed a mean, times the loss scale.
         share = 1.0 / (layout.replicas * layout.accumulation)
@@ -83,6 +86,7 @@ def make_update(
         )
         metrics = {name: jnp.sqrt(value) if name.endswith('_norm') else value for name, value in said.items()}
         metrics |= {
+            'stop': sums['stop'],
             'learning_rate': rule.learning_rate(state.step + 1),
             'loss_scale': state.loss_scale.scale,
             'skipped': new.skipped,

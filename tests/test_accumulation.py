@@ -12,7 +12,7 @@ import pytest
 from efficientnet import random_keys
 from efficientnet.layout import RECOMPUTE
 from efficientnet.pipeline import SCHEDULES
-from efficientnet.programs import compile_programs
+from efficientnet.programs import compile_update
 from efficientnet.residuals import Residuals
 from efficientnet.train_state import pack_state, unpack_state
 from tests.tiny import run_updates, tiny_parts
@@ -29,8 +29,7 @@ def final(stages=1, replicas=1, count=1, **changes):
         micro_batch=2,
         global_batch=2 * replicas * count,
         steps=UPDATES,
-        model__survival=0.5,
-        **changes,
+        **{'model__survival': 0.5, 'augment__mixup_alpha': 0.4, 'augment__cutmix_probability': 0.5} | changes,
     )
     state, metrics = run_updates(parts, UPDATES)
     return unpack_state(state, parts.packings), metrics[-1]
@@ -138,7 +137,7 @@ def test_a_stage_that_overflows_stops_all(recompute):
 
 def compiled(**changes):
     parts = tiny_parts(micro_batch=2, **changes)
-    return parts, compile_programs(parts, update=True, initial=False).update
+    return parts, compile_update(parts)
 
 
 def loops_of(text):
@@ -170,7 +169,7 @@ def test_what_the_program_sends(splits, groups):
     reductions = re.findall(r'= (\S+) all-reduce(?:-start)?\(.*?replica_groups=(\{\{.*?\}\})', text)
     rows = math.prod(parts.packings.params.shape)
     # One carries gradients, statistics and metrics among equal stages; the other a few numbers among a replica's.
-    assert sorted(size for size, _ in reductions) == sorted([f'f32[{rows + 3}]{{0}}', 'f32[7]{0}'])
+    assert sorted(size for size, _ in reductions) == sorted([f'f32[{rows + 4}]{{0}}', 'f32[7]{0}'])
     own = [[replica * stages + stage for stage in range(stages)] for replica in range(2)]
     assert {found for _, found in reductions} == {groups, str(own).replace('[', '{').replace(']', '}').replace(' ', '')}
     assert 'all-reduce' not in loops
@@ -197,9 +196,9 @@ def test_a_device_holds_its_stage_only():
 def test_replicas_of_a_stage_stay_bit_identical():
     parts = tiny_parts(splits='block1a', replicas=4, micro_batch=2, precision__policy='16.16')
     _, program = compiled(splits='block1a', replicas=4, precision__policy='16.16')
-    state = parts.grid.place(jax.device_get(parts.init_state()))
+    state, stop = parts.grid.place(jax.device_get(parts.init_state())), parts.grid.flag(False)
     for batch in itertools.islice(parts.grid.prefetch(parts.train_batches(0), 1), 3):
-        state, _ = program(state, batch)
+        state, _ = program(state, batch, stop)
     for leaf in jax.tree.leaves(state):
         rows = np.asarray(leaf)
         for stage in range(2):

@@ -49,6 +49,14 @@ from tests.tiny import tiny_config, tiny_parts
         ({'evaluation__batch': 0}, r'evaluation\.batch=0'),
         ({'augment__crop': 'middle'}, r'augment\.crop'),
         ({'augment__pad': -1}, r'augment\.pad'),
+        ({'augment__mixup_alpha': -0.1}, r'augment\.mixup_alpha=-0\.1'),
+        ({'augment__cutmix_probability': 1.5}, r'augment\.cutmix_probability=1\.5'),
+        ({'augment__smoothing_over': 'some'}, r"augment\.smoothing_over='some'"),
+        ({'augment__mixup_alpha': 0.1, 'micro_batch': 1}, 'micro_batch=1 leaves no second image'),
+        (
+            {'model__norm': 'batch', 'model__batch_norm_sync': True, 'splits': 'head'},
+            r'batch_norm_sync=True needs stages=1',
+        ),
         ({'augment__std': (1.0, 0.0, 1.0)}, r'augment\.std'),
         ({'augment__label_smoothing': 1.0}, r'augment\.label_smoothing'),
         ({'input__prefetch': 0}, r'input\.prefetch'),
@@ -72,6 +80,8 @@ def test_one_line_that_names_the_field(changes, message):
         {'schedule__kind': 'constant', 'schedule__power': 3.0},
         {'schedule__decay_rate': 0.5},
         {'augment__crop': 'none'},
+        {'augment__label_smoothing': 0.0, 'augment__smoothing_over': 'all'},
+        {'model__batch_norm_sync': True},
     ],
 )
 def test_fields_that_nothing_reads(changes):

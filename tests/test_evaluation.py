@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from efficientnet.accumulation import normalise
-from efficientnet.evaluation import make_evaluate, make_gather, run_evaluation
+from efficientnet.evaluation import run_evaluation
+from efficientnet.programs import compile_evaluate, compile_gather
 from tests.tiny import tiny_parts
 
 
 def evaluate(parts, stop=lambda: False):
     state = jax.device_get(parts.init_state())
     variables = parts.grid.place({'params': state.params, 'batch_stats': state.batch_stats})
-    variables = parts.grid.pmap(make_gather(parts.grid.layout, parts.rule))(variables)
-    program = parts.grid.pmap(make_evaluate(parts.model, parts.packings, parts.rule), out_axes=None)
-    return run_evaluation(program, parts.grid, variables, parts.evaluation_batches(), stop=stop)
+    variables = compile_gather(parts, variables['params'].dtype)(variables)
+    return run_evaluation(compile_evaluate(parts), parts.grid, variables, parts.evaluation_batches(), stop=stop)
 
 
 @pytest.fixture(scope='module')

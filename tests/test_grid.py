@@ -38,9 +38,10 @@ def test_rows_go_to_replicas_in_order():
         np.testing.assert_array_equal(np.asarray(shard.data)[0, :, 0], np.arange(6) + 6 * replica)
 
 
-def test_pmap_has_the_axis_and_prefetched_batches_are_in_place():
+def test_programs_have_the_axis_and_prefetched_batches_are_in_place():
     batches = [{'x': np.full((8, 2), i, np.float32)} for i in range(5)]
-    double = grid().pmap(lambda batch: jax.lax.psum(batch['x'].sum(), 'grid'), out_axes=None)
+    shapes = {'x': jax.ShapeDtypeStruct((2, 2), np.float32)}
+    double = grid().compile(lambda batch: jax.lax.psum(batch['x'].sum(), 'grid'), shapes, out_axes=None)
     with jax.transfer_guard('disallow'):
         sums = [double(batch) for batch in grid().prefetch(batches, 2)]
     assert [float(total) for total in sums] == [16.0 * i for i in range(5)]

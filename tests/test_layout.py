@@ -63,6 +63,14 @@ def test_proposals_work():
         assert layout(global_batch=90, micro_batch=size).global_batch == 90
 
 
-@pytest.mark.parametrize(('batch', 'devices', 'expected'), [(96, 8, 8), (6, 4, 3), (7, 4, 1), (1, 8, 1)])
-def test_largest_replicas(batch, devices, expected):
-    assert largest_replicas(batch, devices) == expected
+@pytest.mark.parametrize(
+    ('batch', 'devices', 'processes', 'expected'),
+    [(96, 8, 1, 8), (6, 4, 1, 3), (7, 4, 1, 1), (1, 8, 1, 1), (12, 8, 2, 6), (96, 8, 4, 8)],
+)
+def test_largest_replicas(batch, devices, processes, expected):
+    assert largest_replicas(batch, devices, processes) == expected
+
+
+def test_no_share_for_a_process():
+    with pytest.raises(ConfigError, match='global_batch=7 cannot be shared among 2 processes'):
+        largest_replicas(7, 8, 2)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from efficientnet.errors import ConfigError
-from efficientnet.model import NORMS, EfficientNet, layer_keys, sample_dropout, stochastic_depth
+from efficientnet.model import NORMS, EfficientNet, sample_dropout, stochastic_depth
+from efficientnet.random_keys import layer_keys
 from efficientnet.scaling import block_names, boundary_shape, model_spec
 
 TINY = functools.partial(model_spec, 'b0', width=0.25, depth=0.3, classes=5)

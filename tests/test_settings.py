@@ -53,3 +53,19 @@ def test_other_config_is_refused_by_name():
     now['optimizer.momentum'] = 0.5
     with pytest.raises(ConfigError, match=r'runs/x .*optimizer\.momentum: 0\.885 there, 0\.5 now'):
         check_resumable(stored, now, 'runs/x')
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'then'),
+    [
+        ('augment.mixup_alpha', 0.2, 'micro_batch'),
+        ('augment.cutmix_probability', 0.5, 'micro_batch'),
+        ('model.norm', 'batch', 'micro_batch'),
+        ('model.batch_norm_sync', True, 'replicas'),
+    ],
+)
+def test_what_a_micro_batch_shares_fixes_its_size(field, value, then):
+    stored, now = (flatten(base.get_config()) | {field: value} for _ in range(2))
+    now[then] = 2
+    with pytest.raises(ConfigError, match=rf'{then}: .* there, 2 now'):
+        check_resumable(stored, now, 'runs/x')

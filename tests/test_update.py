@@ -1,5 +1,6 @@
 """The weight update: equal whatever the layout, equal to plain autodiff, untouched by what is not finite."""
 
+import math
 import re
 
 import jax
@@ -7,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientnet import random_keys
+from efficientnet import augment, random_keys
 from efficientnet.accumulation import normalise
+from efficientnet.augment import Mixing
 from efficientnet.losses import cross_entropy
+from efficientnet.programs import compile_update
 from efficientnet.train_state import pack_state, unpack_state
-from efficientnet.update import make_epoch_average, make_update
+from efficientnet.update import make_epoch_average
 from tests.tiny import run_updates, tiny_parts
 
 LAYOUTS = [(1, 16), (1, 4), (2, 8), (4, 2), (8, 1)]  # replicas, micro-batch; the global batch stays 16
@@ -79,12 +82,10 @@ def test_an_update_is_plain_gradient_descent():
 
 def test_replicas_stay_bit_identical_in_16_bits():
     parts = tiny_parts(replicas=4, micro_batch=2, precision__policy='16.16')
-    key = random_keys.purpose_key(0, 'samples')
-    update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
-    program = parts.grid.pmap(update, out_axes=(0, None))
+    program, stop = compile_update(parts), parts.grid.flag(False)
     state = parts.grid.place(jax.device_get(parts.init_state()))
     for batch in parts.grid.prefetch(parts.train_batches(0), 1):
-        state, _ = program(state, batch)
+        state, _ = program(state, batch, stop)
     for leaf in jax.tree.leaves(state.params):
         assert leaf.dtype == jnp.float16
         rows = np.asarray(leaf).view(np.uint16)
@@ -134,16 +135,15 @@ def test_a_dynamic_scale_recovers():
 def test_masked_examples_count_for_nothing():
     """A batch whose second half is masked has the gradient of its first half, halved by the fixed divisor."""
     parts = tiny_parts(blocks=1, model__dropout=0.0, model__survival=1.0, micro_batch=16)
-    key = random_keys.purpose_key(0, 'samples')
-    update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
-    program = parts.grid.pmap(update, out_axes=(0, None))
-    state = parts.grid.place(jax.device_get(parts.init_state()))
+    program, stop = compile_update(parts), parts.grid.flag(False)
+    start = jax.device_get(parts.init_state())
     batch = next(iter(parts.train_batches(0)))
     mask = np.repeat(np.float32([1, 0]), 8)
     outcomes = []
     for filler in (0, 255):
         image = np.where(mask[:, None, None, None] > 0, batch['image'], np.uint8(filler))
-        outcomes.append(program(state, parts.grid.shard({**batch, 'image': image, 'mask': mask})))
+        rows = parts.grid.shard({**batch, 'image': image, 'mask': mask})
+        outcomes.append(program(parts.grid.place(start), rows, stop))
     assert_trees_equal(parts.grid.fetch(outcomes[0][0].params), parts.grid.fetch(outcomes[1][0].params))
     assert outcomes[0][1]['count'] == 8
     assert outcomes[0][1]['correct'] <= 8
@@ -173,15 +173,11 @@ def test_batch_norm_statistics_move_once_an_update():
 
 def test_the_program_reduces_once_and_not_in_the_loop():
     parts = tiny_parts(blocks=1, replicas=4, micro_batch=2)
-    key = random_keys.purpose_key(0, 'samples')
-    update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
-    state = parts.grid.place(jax.device_get(parts.init_state()))
-    batch = parts.grid.shard(next(iter(parts.train_batches(0))))
-    text = parts.grid.pmap(update, donate_argnums=0, out_axes=(0, None)).lower(state, batch).compile().as_text()
+    text = compile_update(parts).as_text()
     reductions = re.findall(r'^.*= (\S+) all-reduce(?:-start)?\(.*$', text, re.MULTILINE)
     assert len(reductions) == 1, reductions
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params)) // 4
-    assert reductions[0].startswith(f'f32[{parameters + 3}]')
+    # Gradients, three metrics, and whether to stop.
+    assert reductions[0].startswith(f'f32[{math.prod(parts.packings.params.shape) + 4}]')
     loops = re.findall(r'while\(.*?body=(%?[\w.]+)', text)
     for body in loops:
         start = text.index(f'{body} (') if f'{body} (' in text else text.index(f'{body.lstrip("%")} (')
@@ -216,3 +212,49 @@ def test_normalise():
     found = normalise(jnp.asarray(images), (1.0, 2.0, 3.0), (2.0, 4.0, 8.0), jnp.dtype(jnp.float16))
     assert found.dtype == jnp.float16
     np.testing.assert_array_equal(found, ((images - np.float32([1, 2, 3])) / np.float32([2, 4, 8])).astype(np.float16))
+
+
+def test_synchronised_batch_norm_is_that_of_the_whole_micro_batch():
+    """Two replicas of 4 images with common statistics are one of 8."""
+    changes = {'model__norm': 'batch', 'global_batch': 8, 'optimizer__name': 'sgd'}
+    whole = tiny_parts(micro_batch=8, **changes)
+    parts = tiny_parts(micro_batch=4, replicas=2, model__batch_norm_sync=True, **changes)
+    apart = tiny_parts(micro_batch=4, replicas=2, **changes)
+    expected, found, other = (run_updates(parts, 2)[0] for parts in (whole, parts, apart))
+    np.testing.assert_allclose(found.params, expected.params, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.batch_stats, expected.batch_stats, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(other.batch_stats, expected.batch_stats, rtol=1e-4, atol=1e-6)
+
+
+def test_mixing_and_smoothing_reach_the_loss():
+    """The first update's loss against the augment and loss functions applied by hand to one micro-batch."""
+    changes = {'augment__mixup_alpha': 0.4, 'augment__cutmix_probability': 1.0, 'augment__smoothing_over': 'all'}
+    parts = tiny_parts(global_batch=8, micro_batch=8, model__dropout=0.0, model__survival=1.0, **changes)
+    _, (metrics,) = run_updates(parts, 1)
+    batch = next(iter(parts.train_batches(0)))
+    keys = random_keys.sample_keys(random_keys.purpose_key(0, 'samples'), jnp.int32(0), jnp.arange(8, dtype=jnp.int32))
+    drawn = augment.draw(Mixing(0.4, 1.0), keys, jnp.ones(8), (8, 8))
+    images = augment.mix_images(normalise(batch['image'], parts.rule.mean, parts.rule.std, jnp.float32), drawn)
+    logits = np.float64(parts.model.apply(parts.init_variables(), images))
+    labels, weights = augment.mix_labels(jnp.asarray(batch['label']), drawn)
+    assert labels.shape == (8, 4)
+    log_p = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
+    targets = np.full((8, 10), 0.1 / 10)
+    for row in range(8):
+        for label, weight in zip(labels[row], weights[row], strict=True):
+            targets[row, label] += 0.9 * float(weight)
+    np.testing.assert_allclose(metrics['loss'], -(targets * log_p).sum(), rtol=1e-5)
+
+
+def test_any_device_can_ask_all_to_stop():
+    parts = tiny_parts(blocks=1, replicas=2, splits='head', micro_batch=2)
+    program, grid = compile_update(parts), parts.grid
+    state = grid.place(jax.device_get(parts.init_state()))
+    asked = [(grid.flag(False), 0), (grid.flag(True), 4)]
+    for batch, (flag, count) in zip(grid.prefetch(parts.train_batches(0), 1), asked, strict=False):
+        state, metrics = program(state, batch, flag)
+        assert metrics['stop'] == count // parts.grid.layout.stages

@@ -8,10 +8,10 @@ import ml_collections
 import numpy as np
 
 from configs import base
-from efficientnet import random_keys, scaling
+from efficientnet import scaling
 from efficientnet.assemble import Parts, assemble
+from efficientnet.programs import compile_update
 from efficientnet.train_state import TrainState
-from efficientnet.update import make_update
 
 
 def tiny_config(**changes: object) -> ml_collections.ConfigDict:
@@ -59,12 +59,10 @@ def tiny_parts(blocks: int = 2, **changes: object) -> Parts:
 
 def run_updates(parts: Parts, count: int, state: TrainState | None = None) -> tuple[TrainState, list[dict]]:
     """Makes updates from the start of the data; returns the packed host state of all stages and the metrics of each."""
-    key = random_keys.purpose_key(parts.config.seed, 'samples')
-    update = make_update(parts.model, parts.optimizer, parts.packings, parts.grid.layout, parts.rule, key)
-    program = parts.grid.pmap(update, out_axes=(0, None))
+    program, stop = compile_update(parts), parts.grid.flag(False)
     state = parts.grid.place(jax.device_get(parts.init_state() if state is None else state))
     metrics = []
     for _, batch in zip(range(count), parts.grid.prefetch(parts.train_batches(0), 1), strict=False):
-        state, found = program(state, batch)
+        state, found = program(state, batch, stop)
         metrics.append({name: np.asarray(value) for name, value in found.items()})
     return parts.grid.fetch(state), metrics
