@@ -24,7 +24,7 @@ test: setup lint  ## Lints, then runs the whole suite.
 	$(BIN)/python -m pytest -n 2
 
 test-slow: setup  ## Runs the tests that take minutes.
-	$(BIN)/python -m pytest -n 2 -m slow
+	TEST_DEVICES=16 $(BIN)/python -m pytest -n 2 -m slow
 
 lint: setup  ## Checks style and format.
 	$(BIN)/ruff check .

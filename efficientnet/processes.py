@@ -25,7 +25,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # for the coordinator's address, which nothing public tells
+from jax._src import distributed  # the coordinator's address and its key-value store have no public name
 from jax.experimental import multihost_utils
 
 from efficientnet.errors import ConfigError, RunError
@@ -52,6 +52,8 @@ DETECTED = (
 )
 MISTAKES = (ConfigError, DataError, RunError)  # that a user can mend
 GOODBYE = -1
+MEETING = 'efficientnet/watch'  # key of the port and the token for it
+PATIENCE = 60  # seconds that a process waits for the connection of another that is there
 LOST = 3  # exit status of a process that leaves because another is gone
 KEEPALIVE = {'TCP_KEEPIDLE': 15, 'TCP_KEEPINTVL': 5, 'TCP_KEEPCNT': 3}  # seconds, seconds, times
 
@@ -153,9 +155,9 @@ def connected(member: Membership | None) -> Iterator[None]:
     if member is None:
         yield
         return
-    _join(member)
-    watch = Watch()
+    watch = _join(member)
     try:
+        _check_devices()
         yield
     except BaseException as error:
         if not getattr(error, 'agreed', False):
@@ -234,7 +236,7 @@ def _broadcast(value: Any, source: int) -> Any:
     return value if sends else pickle.loads(received[:size].tobytes())
 
 
-def _join(member: Membership) -> None:
+def _join(member: Membership) -> 'Watch':
     # Its SIGTERM handler would take the place of ours, which saves and leaves.
     jax.config.update('jax_enable_preemption_service', False)
     detection = 'deactivate' if None not in dataclasses.astuple(member) else None
@@ -242,17 +244,25 @@ def _join(member: Membership) -> None:
         jax.distributed.initialize(
             member.coordinator, member.process_count, member.process_id, cluster_detection_method=detection
         )
-        counts = np.ravel(multihost_utils.process_allgather(np.int32(jax.local_device_count())))
-    except (RuntimeError, ValueError) as error:
+        return Watch()
+    except (RuntimeError, ValueError, OSError) as error:
         said = next(iter(str(error).splitlines()), '')
         raise RunError(f'the processes of this run could not meet ({member}): {said}') from error
-    if len(set(counts.tolist())) > 1:
-        raise ConfigError(f'the processes have {counts.tolist()} devices; start each with the same number')
+
+
+def _check_devices() -> None:
+    try:
+        counts = np.ravel(multihost_utils.process_allgather(np.int32(jax.local_device_count()))).tolist()
+    except (RuntimeError, ValueError) as error:
+        said = next(iter(str(error).splitlines()), '')
+        raise RunError(f'the devices of this process cannot reach those of the others: {said}') from error
+    if len(set(counts)) > 1:
+        raise agreed(ConfigError(f'the processes have {counts} devices; start each with the same number'))
 
 
 def _leave_alone(error: BaseException, watch: 'Watch') -> NoReturn:
     """Ends this process in the middle of everything, and tells the others."""
-    name = f'process {jax.process_index()}'
+    name = f'process {watch.own}'
     number = getattr(error, 'number', None)  # of a signal
     if number is not None:
         text, status = str(error), 128 + number
@@ -261,31 +271,34 @@ def _leave_alone(error: BaseException, watch: 'Watch') -> NoReturn:
     else:
         text, status = ''.join(traceback.format_exception(error)), 1
     print(f'{name}: {text}', file=sys.stderr, flush=True)
-    watch.leave(jax.process_index(), status)
+    watch.leave(watch.own, status)
 
 
 class Watch:
     """Connections between process 0 and every other process, which break when one of their ends does.
 
     Over each, either side says the number of a process that is gone, or at last goodbye.
+
+    Attributes:
+        own: Number of this process.
     """
 
     def __init__(self) -> None:
-        host = distributed.global_state.coordinator_address.rpartition(':')[0].strip('[]')
-        self._own, self._count = jax.process_index(), jax.process_count()
-        server, port, token = None, 0, ''
-        if first():
-            server = _listen()
-            port, token = server.getsockname()[1], secrets.token_hex(16)
-        port, token = from_first(lambda: (port, token))
+        joined = distributed.global_state
+        host = joined.coordinator_address.rpartition(':')[0].strip('[]')
+        self.own, self._count = joined.process_id, joined.num_processes
+        self._leaving = False
         self._hosts = {0: host}
         self._peers: dict[int, socket.socket] = {}
-        if server:
-            with server:
+        if self.own == 0:
+            with _listen() as server:
+                token = secrets.token_hex(16)
+                joined.client.key_value_set(MEETING, json.dumps([server.getsockname()[1], token]))
                 self._accept(server, token)
         else:
-            self._peers[0] = socket.create_connection((host, port), timeout=60)
-            hello = {'token': token, 'process': self._own, 'host': socket.gethostname()}
+            port, token = json.loads(joined.client.blocking_key_value_get(MEETING, 1000 * PATIENCE))
+            self._peers[0] = socket.create_connection((host, port), timeout=PATIENCE)
+            hello = {'token': token, 'process': self.own, 'host': socket.gethostname()}
             self._peers[0].sendall(json.dumps(hello).encode() + b'\n')
         for peer in self._peers.values():
             _keep_alive(peer)
@@ -294,9 +307,10 @@ class Watch:
 
     def leave(self, gone: int, status: int) -> NoReturn:
         """Tells the others which process is gone and ends this one."""
+        self._leaving = True
         self._tell(gone)
         sys.stdout.flush()
-        if first():
+        if self.own == 0:
             time.sleep(1)  # JAX kills the others when process 0 stops to answer: let them end by themselves
         os._exit(status)  # threads may wait in a collective that will never end
 
@@ -307,10 +321,10 @@ class Watch:
         jax.distributed.shutdown()
 
     def _accept(self, server: socket.socket, token: str) -> None:
-        server.settimeout(60)
+        server.settimeout(PATIENCE)
         while len(self._peers) < self._count - 1:
             peer, _ = server.accept()
-            peer.settimeout(60)
+            peer.settimeout(PATIENCE)
             with peer.makefile('rb') as file:
                 line = file.readline(1000)
             try:
@@ -327,6 +341,8 @@ class Watch:
             while selector.get_map():
                 for key, _ in selector.select():
                     said = _receive(key.fileobj)
+                    if self._leaving:
+                        return  # this process has said why, and who hears it breaks off
                     if said == GOODBYE:
                         selector.unregister(key.fileobj)
                     else:
@@ -335,7 +351,7 @@ class Watch:
     def _lose(self, process: int) -> NoReturn:
         host = f' on {self._hosts[process]}' if process in self._hosts else ''
         print(
-            f'process {self._own}: error: process {process} of {self._count}{host} is gone, so this one leaves too; '
+            f'process {self.own}: error: process {process} of {self._count}{host} is gone, so this one leaves too; '
             'start all of them again to go on from the newest checkpoint',
             file=sys.stderr,
             flush=True,

@@ -12,7 +12,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 
-jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_num_cpu_devices', int(os.environ.get('TEST_DEVICES', '8')))
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Tests compile the same small programs many times over.

@@ -87,10 +87,12 @@ def test_stages_do_not_change_the_result(stages, replicas, count, recompute, sch
 @pytest.mark.slow
 @pytest.mark.parametrize('recompute', RECOMPUTE)
 @pytest.mark.parametrize('schedule', SCHEDULES)
-@pytest.mark.parametrize(('stages', 'replicas'), [(s, r) for s in (1, 2, 3, 4) for r in (1, 2, 3, 4) if s * r <= 8])
+@pytest.mark.parametrize(('stages', 'replicas'), itertools.product((1, 2, 3, 4), (1, 2, 3, 4)))
 def test_no_layout_changes_the_result(stages, replicas, schedule, recompute):
     if stages == 1 and schedule != 'grouped':
         pytest.skip('one stage has no schedule')
+    if stages * replicas > len(jax.devices()):
+        pytest.skip('needs more devices: set TEST_DEVICES=16')
     layout = {'recompute': recompute} | ({'pipeline': schedule} if stages > 1 else {})
     for count in sorted({1, stages - 1, stages, 2 * stages + 1} - {0}):
         check(stages, replicas, count, **layout)
