@@ -40,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.width = 0.0  # channel multiplier; 0 = the variant's
     config.model.depth = 0.0  # repeat multiplier; 0 = the variant's
     config.model.stem_stride = 2  # 1 keeps small images (32 pixels and less) from vanishing
+    config.model.strides = (1, 2, 2, 2, 1, 2, 1)  # of the first block of each of the seven stages: 1 or 2
     config.model.group_size = 16  # channels a group in the spatial convolutions: 1 (depthwise), 4, 16
     config.model.expand_ratio = 0  # of MBConv; 0 = 6, 5, 4 for group sizes 1, 4, 16
     config.model.norm = 'group'  # 'group', 'batch', or 'layer_proxy' (layer norm + proxy norm)

@@ -44,6 +44,7 @@ BASE_STAGES = (
     (5, 4, 112, 192, 2, True),
     (3, 1, 192, 320, 1, True),
 )
+BASE_STRIDES = tuple(stage[4] for stage in BASE_STAGES)
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
 SE_RATIO = 0.25
@@ -125,6 +126,7 @@ def model_spec(
     depth: float | None = None,
     classes: int = 1000,
     stem_stride: int = 2,
+    strides: tuple[int, ...] = BASE_STRIDES,
     dropout: float | None = None,
     survival: float = 0.8,
 ) -> ModelSpec:
@@ -141,6 +143,7 @@ def model_spec(
         depth: repeat multiplier; None takes the variant's.
         classes: number of logits.
         stem_stride: 1 or 2.
+        strides: of the first block of every stage, 1 or 2 each.
         dropout: rate before the classifier, in [0, 1); None takes the variant's.
         survival: survival probability that the last blocks tend to, in (0, 1].
 
@@ -171,10 +174,13 @@ def model_spec(
     _require(0 < depth < math.inf, 'depth', depth, 'positive')
     _require(isinstance(classes, int) and classes >= 1, 'classes', classes, 'an integer >= 1')
     _require(stem_stride in (1, 2), 'stem_stride', stem_stride, '1 or 2')
+    strides = tuple(strides)
+    fits = len(strides) == len(BASE_STAGES) and all(stride in (1, 2) for stride in strides)
+    _require(fits, 'strides', strides, f'{len(BASE_STAGES)} numbers, each 1 or 2')
     _require(0 <= dropout < 1, 'dropout', dropout, 'in [0, 1)')
     _require(0 < survival <= 1, 'survival', survival, 'in (0, 1]')
 
-    blocks = _blocks(width, depth, group_size, expand_ratio, survival)
+    blocks = _blocks(width, depth, group_size, expand_ratio, strides, survival)
     _check_groups(variant, blocks, group_size)
     return ModelSpec(
         variant=variant,
@@ -203,6 +209,7 @@ def configured_spec(fields: Any, classes: int) -> ModelSpec:
         depth=fields.depth or None,
         classes=classes,
         stem_stride=fields.stem_stride,
+        strides=fields.strides,
         dropout=None if fields.dropout == -1 else fields.dropout,
         survival=fields.survival,
     )
@@ -240,11 +247,13 @@ def _require(holds: bool, field: str, value: object, wanted: str) -> None:
         raise ConfigError(f'{field}={value!r} must be {wanted}')
 
 
-def _blocks(width: float, depth: float, group_size: int, expand_ratio: int, survival: float) -> tuple[BlockSpec, ...]:
+def _blocks(
+    width: float, depth: float, group_size: int, expand_ratio: int, strides: tuple[int, ...], survival: float
+) -> tuple[BlockSpec, ...]:
     repeats = [math.ceil(depth * stage[1]) for stage in BASE_STAGES]
     _require(max(repeats) <= 26, 'depth', depth, 'at most 6.5, so that 26 letters name the blocks of a stage')
     blocks = []
-    for number, (kernel, _, inputs, outputs, stride, expands) in enumerate(BASE_STAGES, start=1):
+    for number, (kernel, _, inputs, outputs, _, expands) in enumerate(BASE_STAGES, start=1):
         for index in range(repeats[number - 1]):
             channels = round_width(inputs if index == 0 else outputs, width)
             mid = channels * expand_ratio if expands else channels
@@ -252,7 +261,7 @@ def _blocks(width: float, depth: float, group_size: int, expand_ratio: int, surv
                 BlockSpec(
                     name=f'block{number}{string.ascii_lowercase[index]}',
                     kernel=kernel,
-                    stride=stride if index == 0 else 1,
+                    stride=strides[number - 1] if index == 0 else 1,
                     in_channels=channels,
                     mid_channels=mid,
                     out_channels=round_width(outputs, width),

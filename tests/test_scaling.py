@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -73,6 +74,21 @@ def test_overrides():
     assert spec.blocks[1].mid_channels == 2 * spec.blocks[1].in_channels
     assert (spec.classes, spec.stem_stride, spec.dropout) == (10, 1, 0.0)
     assert model_spec('b0', group_size=4).blocks[1].mid_channels == 16 * 5
+
+
+def test_strides_of_the_stages():
+    spec = model_spec('b0', depth=0.5, stem_stride=1, strides=[1, 2, 1, 2, 1, 1, 1])
+    assert [block.name for block in spec.blocks if block.stride == 2] == ['block2a', 'block4a']
+    assert boundary_shape(spec, 'head', 32) == (8, 8, 320)
+    by_name = {block.name: block for block in model_spec('b0', strides=(1, 2, 1, 2, 2, 1, 1)).blocks}
+    assert (by_name['block5a'].stride, by_name['block5b'].stride) == (2, 1)
+    assert model_spec('b0', strides=(1, 2, 2, 2, 1, 2, 1)) == model_spec('b0')
+
+
+@pytest.mark.parametrize('strides', [(), (1, 2, 2, 2, 1, 2), (1, 2, 2, 2, 1, 2, 1, 1), (1, 2, 3, 2, 1, 2, 1), (0,) * 7])
+def test_strides_out_of_range(strides):
+    with pytest.raises(ConfigError, match=rf'^strides={re.escape(str(strides))} must be 7 numbers, each 1 or 2'):
+        model_spec('b0', strides=strides)
 
 
 def test_b6_in_groups_of_16_names_block_and_remedy():
