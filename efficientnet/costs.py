@@ -7,13 +7,14 @@ forward pass, tensors with pixels only:
 | layer                        | keeps                                              | stored as     |
 | ---------------------------- | -------------------------------------------------- | ------------- |
 | convolution                  | its input                                          | compute dtype |
-| norm                         | its input, and its input minus the mean            | fp32          |
-| swish                        | its input, the sigmoid, the slope                  | compute dtype |
+| group norm, swish or not     | its input                                          | compute dtype |
+| batch norm, proxy norm's own | its input, and its input minus the mean            | fp32          |
+| swish after either           | its input, the sigmoid, the slope                  | compute dtype |
 | gate, proxy norm's factor    | what it multiplies                                 | compute dtype |
 
-Under layer_proxy the swish is fp32 as well. A tensor that two layers keep counts once. Not counted is what has no
-pixels: weights, vectors of one number a channel, proxy norm's 200 quantiles a channel. A compiler that fuses well
-keeps less, by computing cheap tensors twice.
+Under layer_proxy that swish is fp32 as well, and what follows the projection is a group norm. A tensor that two layers
+keep counts once. Not counted is what has no pixels: weights, vectors of one number a channel, proxy norm's 200
+quantiles a channel. A compiler that fuses well keeps less, by computing cheap tensors twice.
 """
 
 import dataclasses
@@ -121,7 +122,7 @@ def _mbconv(block: BlockSpec, before: int, after: int, norm: str) -> list[_Layer
         _dense(block.se_channels, mid),
         _Layer(0, kept=mid * after),  # of the gate
         _conv(mid, block.out_channels, after, after),
-        _norm(block.out_channels, after, _NORMS[norm].project),
+        _project_norm(block.out_channels, after, norm),
     ]
 
 
@@ -142,15 +143,18 @@ def _dense(inputs: int, outputs: int) -> _Layer:
     return _Layer(inputs * outputs + outputs, inputs * outputs)
 
 
-def _norm(channels: int, pixels: int, parameters: int) -> _Layer:
-    return _Layer(parameters * channels, kept_fp32=NORM_KEEPS * channels * pixels)
+def _project_norm(channels: int, pixels: int, norm: str) -> _Layer:
+    parameters, tensor = _NORMS[norm].project * channels, channels * pixels
+    return _Layer(parameters, kept_fp32=NORM_KEEPS * tensor) if norm == 'batch' else _Layer(parameters, kept=tensor)
 
 
 def _norm_swish(channels: int, pixels: int, norm: str, *, divided: bool = False) -> list[_Layer]:
     """A norm and its activation; `divided` where proxy norm's factor is multiplied into every element at once."""
-    tensor = channels * pixels
+    parameters, tensor = _NORMS[norm].activated * channels, channels * pixels
+    if norm == 'group':
+        return [_Layer(parameters, kept=tensor)]
     if norm == 'layer_proxy':
         swish = _Layer(0, kept=tensor if divided else 0, kept_fp32=SWISH_KEEPS * tensor)
     else:
         swish = _Layer(0, kept=SWISH_KEEPS * tensor)
-    return [_norm(channels, pixels, _NORMS[norm].activated), swish]
+    return [_Layer(parameters, kept_fp32=NORM_KEEPS * tensor), swish]

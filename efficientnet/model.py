@@ -67,11 +67,12 @@ class Layers(nn.Module):
     conv_method: str = 'auto'
     dtype: Any = jnp.float32
 
-    def normalize(self, name: str, x: Array, train: bool, use_bias: bool = True) -> Array:
-        """Group or batch norm."""
+    def normalize(self, name: str, x: Array, train: bool, swish: bool = False) -> Array:
+        """Group or batch norm, and swish if wanted."""
         if self.norm == 'batch':
-            return BatchNorm(self.epsilon, self.norm_axis, name=name)(x, train=train)
-        return GroupNorm(self.norm_groups, self.norm_layout, self.epsilon, use_bias, name=name)(x)
+            x = BatchNorm(self.epsilon, self.norm_axis, name=name)(x, train=train)
+            return nn.swish(x) if swish else x
+        return GroupNorm(self.norm_groups, self.norm_layout, self.epsilon, swish=swish, name=name)(x)
 
     def normalize_swish(self, name: str, x: Array, train: bool) -> Array:
         """Norm and activation."""
@@ -82,7 +83,7 @@ class Layers(nn.Module):
         """As above without proxy norm's division; returns the factor [C] that is still due, or None."""
         if self.norm == 'layer_proxy':
             return ProxyNormSwish(self.epsilon, name=name)(x)
-        return nn.swish(self.normalize(name, x, train)), None
+        return self.normalize(name, x, train, swish=True), None
 
 
 class Stem(Layers, kw_only=True):

@@ -87,7 +87,7 @@ def test_stages_do_not_change_the_result(stages, replicas, count, recompute, sch
 @pytest.mark.slow
 @pytest.mark.parametrize('recompute', RECOMPUTE)
 @pytest.mark.parametrize('schedule', SCHEDULES)
-@pytest.mark.parametrize(('stages', 'replicas'), itertools.product((1, 2, 3, 4), (1, 2, 3, 4)))
+@pytest.mark.parametrize(('stages', 'replicas'), list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4))))
 def test_no_layout_changes_the_result(stages, replicas, schedule, recompute):
     if stages == 1 and schedule != 'grouped':
         pytest.skip('one stage has no schedule')

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from efficientnet.errors import ConfigError
-from efficientnet.normalization import BatchNorm, GroupNorm, ProxyNormSwish, group_norm, proxy_moments
+from efficientnet.normalization import (
+    BatchNorm,
+    GroupNorm,
+    ProxyNormSwish,
+    group_norm,
+    group_norm_swish,
+    proxy_moments,
+)
 
 
 def group_norm_by_loop(x, scale, bias, groups, layout, epsilon):
@@ -75,6 +82,37 @@ def test_gradient_against_finite_differences():
     check = functools.partial(jax.test_util.check_grads, order=1, modes=['rev'], rtol=2e-2, atol=2e-2)
     norm = jax.jit(lambda x, s, b: jnp.sin(group_norm(x, s, b, 4, 'strided', 1e-3)))
     check(norm, (x, 1.5 * jnp.ones(8), jnp.ones(8)))
+
+
+@pytest.mark.parametrize('swish', [False, True])
+@pytest.mark.parametrize(('groups', 'layout'), [(1, 'strided'), (4, 'strided'), (4, 'contiguous'), (12, 'strided')])
+@pytest.mark.parametrize('shape', [(2, 3, 5, 12), (3, 1, 1, 12), (1, 9, 9, 24)])
+def test_own_gradient_is_that_of_autodiff(shape, groups, layout, swish):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(3, 2, (2, *shape)).astype(np.float32)
+    scale, bias = rng.normal(size=(2, shape[3])).astype(np.float32)
+
+    def plain(x, scale, bias):
+        y = group_norm(x, scale, bias, groups, layout, 1e-3)
+        return nn.swish(y) if swish else y
+
+    y, pull = jax.vjp(lambda *given: group_norm_swish(*given, groups, layout, 1e-3, swish), x, scale, bias)
+    want, want_pull = jax.vjp(plain, x, scale, bias)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(pull(dy), want_pull(dy), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=2e-4)
+
+
+def test_gradient_under_a_large_mean():
+    x = 1e3 + jax.random.normal(jax.random.key(0), (2, 8, 8, 8))
+    dy = jax.random.normal(jax.random.key(1), x.shape)
+    pulled = [
+        jax.vjp(lambda x: group_norm_swish(x, jnp.ones(8), jnp.zeros(8), 4, 'strided', 1e-3, True), x - offset)[1](dy)[
+            0
+        ]
+        for offset in (0, 1e3)
+    ]
+    np.testing.assert_allclose(*pulled, atol=2e-3)
 
 
 @pytest.mark.parametrize(('channels', 'groups'), [(6, 4), (8, 0), (8, 16)])
