@@ -50,11 +50,12 @@ def run(_: list[str]) -> None:
         jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
-    from efficientnet import processes, train
+    from efficientnet import processes, settings, train
 
     given = processes.Membership(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value)
     with processes.connected(processes.find_membership(given, _CLUSTER.value)):
         workdir = pathlib.Path(_WORKDIR.value).expanduser()
+        processes.require_same({'--mode': _MODE.value, **settings.shared(_CONFIG.value)})
         if _MODE.value == 'train':
             train.train(_CONFIG.value, workdir)
         else:

@@ -180,12 +180,24 @@ def _check_ranges(fields: Fields) -> None:
         ('averaging.epoch_decay', fields.averaging.epoch_decay, 0, 1),
         ('averaging.update_decay', fields.averaging.update_decay, 0, 1),
         ('optimizer.rate_per_example', fields.optimizer.rate_per_example, 0, math.inf),
+        ('optimizer.momentum', fields.optimizer.momentum, 0, 1),
+        ('optimizer.weight_decay', fields.optimizer.weight_decay, 0, math.inf),
+        ('optimizer.epsilon', fields.optimizer.epsilon if fields.optimizer.name != 'sgd' else 0, 0, math.inf),
+        (
+            'optimizer.trust_coefficient',
+            fields.optimizer.trust_coefficient if fields.optimizer.name == 'lars' else 0,
+            0,
+            math.inf,
+        ),
+        ('model.norm_epsilon', fields.model.norm_epsilon, 0, math.inf),
+        ('model.width', fields.model.width, 0, 100),
         ('seed', fields.seed, 0, 2**32),
     ):
         if not low <= value < high:
             raise ConfigError(f'{name}={value} is not in [{low}, {high})')
     for name, values in (('augment.mean', fields.augment.mean), ('augment.std', fields.augment.std)):
-        if len(values) != 3 or (name == 'augment.std' and min(values) <= 0):
+        numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+        if len(values) != 3 or not numbers or (name == 'augment.std' and min(values) <= 0):
             raise ConfigError(f'{name}={tuple(values)} must be three numbers, R, G and B, those of std above 0')
 
 

@@ -62,7 +62,9 @@ class Interrupt:
 
     def _note(self, number: int, _: object) -> None:
         self.number = number
-        self._restore()
+        for known, handler in self._before.items():
+            # Python's own handler of Ctrl-C would wait until the thread comes back from what it computes.
+            signal.signal(known, signal.SIG_DFL if handler is signal.default_int_handler else handler)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

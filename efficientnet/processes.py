@@ -54,6 +54,7 @@ MISTAKES = (ConfigError, DataError, RunError)  # that a user can mend
 GOODBYE = -1
 MEETING = 'efficientnet/watch'  # key of the port and the token for it
 PATIENCE = 60  # seconds that a process waits for the connection of another that is there
+GREETING = 5  # seconds that one who has connected may take to say who it is
 LOST = 3  # exit status of a process that leaves because another is gone
 KEEPALIVE = {'TCP_KEEPIDLE': 15, 'TCP_KEEPINTVL': 5, 'TCP_KEEPCNT': 3}  # seconds, seconds, times
 
@@ -209,6 +210,31 @@ def together(work: Callable[[], T]) -> T:
     return _unwrap((value, error))
 
 
+def require_same(values: Mapping[str, Any]) -> None:
+    """Checks that all processes hold the same values.
+
+    Args:
+        values: By name, for a person.
+
+    Raises:
+        ConfigError: A process has others than process 0; in all processes.
+    """
+    if jax.process_count() == 1:
+        return
+    expected = from_first(lambda: dict(values))
+
+    def check() -> None:
+        absent = object()
+        names = sorted(
+            name for name in expected.keys() | values.keys() if expected.get(name, absent) != values.get(name, absent)
+        )
+        if names:
+            changes = ', '.join(f'{name}={values.get(name)!r}, not {expected.get(name)!r}' for name in names)
+            raise ConfigError(f'process {jax.process_index()} has {changes}, as process 0 has; start all of them alike')
+
+    together(check)
+
+
 def _try(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
@@ -239,6 +265,8 @@ def _broadcast(value: Any, source: int) -> Any:
 def _join(member: Membership) -> 'Watch':
     # Its SIGTERM handler would take the place of ours, which saves and leaves.
     jax.config.update('jax_enable_preemption_service', False)
+    if member.process_id in (None, 0):
+        print('waiting for the other processes …', flush=True)
     detection = 'deactivate' if None not in dataclasses.astuple(member) else None
     try:
         jax.distributed.initialize(
@@ -251,13 +279,15 @@ def _join(member: Membership) -> 'Watch':
 
 
 def _check_devices() -> None:
+    owners = [device.process_index for device in jax.devices()]
+    counts = [owners.count(process) for process in range(jax.process_count())]
+    if len(set(counts)) > 1:
+        raise agreed(ConfigError(f'the processes have {counts} devices; start each with the same number'))
     try:
-        counts = np.ravel(multihost_utils.process_allgather(np.int32(jax.local_device_count()))).tolist()
+        multihost_utils.sync_global_devices('devices')
     except (RuntimeError, ValueError) as error:
         said = next(iter(str(error).splitlines()), '')
         raise RunError(f'the devices of this process cannot reach those of the others: {said}') from error
-    if len(set(counts)) > 1:
-        raise agreed(ConfigError(f'the processes have {counts} devices; start each with the same number'))
 
 
 def _leave_alone(error: BaseException, watch: 'Watch') -> NoReturn:
@@ -324,15 +354,16 @@ class Watch:
         server.settimeout(PATIENCE)
         while len(self._peers) < self._count - 1:
             peer, _ = server.accept()
-            peer.settimeout(PATIENCE)
-            with peer.makefile('rb') as file:
-                line = file.readline(1000)
+            peer.settimeout(GREETING)
             try:
-                hello = json.loads(line)
-            except ValueError:
-                hello = {}
-            if hello.get('token') == token:  # anything else came from a stranger
+                with peer.makefile('rb') as file:
+                    hello = json.loads(file.readline(1000))
+            except (OSError, ValueError):
+                hello = None
+            if isinstance(hello, dict) and hello.get('token') == token:  # anything else came from a stranger
                 self._peers[hello['process']], self._hosts[hello['process']] = peer, hello['host']
+            else:
+                peer.close()
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:

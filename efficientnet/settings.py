@@ -34,6 +34,8 @@ RESUMABLE = (
     'model.conv_method',
 )
 
+OF_A_HOST = ('input.dir', 'input.prefetch')  # may differ from process to process
+
 
 def flatten(config: ml_collections.ConfigDict | dict, prefix: str = '') -> dict[str, Any]:
     """Returns {'optimizer.momentum': 0.885, …} of a nested config; sequences become lists, as JSON has them."""
@@ -64,6 +66,12 @@ class Fields:
     def unread(self) -> set[str]:
         """Returns the fields of this view and those below it that were never read."""
         return set(flatten(self._config, self._prefix)) - self._read
+
+
+def shared(config: ml_collections.ConfigDict | None) -> dict[str, Any]:
+    """Returns the flat fields of a config that all processes of a run must agree on."""
+    fields = {} if config is None else flatten(config)
+    return {name: value for name, value in fields.items() if name not in OF_A_HOST}
 
 
 def check_known(config: ml_collections.ConfigDict) -> None:

@@ -37,7 +37,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
         RunError: The run cannot go on.
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
-    parts = processes.together(lambda: assemble(config))
+    parts = _assemble(config)
     say(*describe(parts))
     with contextlib.ExitStack() as stack, Interrupt() as interrupt:
         processes.from_first(lambda: stack.enter_context(claim(workdir, parts)))
@@ -68,7 +68,7 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
         config.replicas = largest_replicas(config.global_batch, jax.device_count(), jax.process_count())
         config.stages, config.splits, config.pipeline = 1, 'auto', 'grouped'
         config.augment.mixup_alpha = config.augment.cutmix_probability = 0.0  # nothing is mixed with micro_batch=1
-    parts = processes.together(lambda: assemble(config))
+    parts = _assemble(config)
     with Interrupt() as interrupt:
         run = Run(parts, workdir, interrupt, owner=False)
         try:
@@ -84,14 +84,27 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
     return run.evaluation
 
 
+def _assemble(config: ml_collections.ConfigDict) -> Parts:
+    """Assembles a run in every process, from the same data."""
+    parts = processes.together(lambda: assemble(config))
+    train_source, test_source = parts.train_source, parts.test_source
+    processes.require_same(
+        {
+            'training examples': train_source.num_examples,
+            'test examples': test_source.num_examples,
+            'classes': list(train_source.classes),
+        }
+    )
+    return parts
+
+
 class Run:
     """A run in progress: the state on the grid, the position in the stream of batches, and the books kept."""
 
     def __init__(self, parts: Parts, workdir: pathlib.Path, interrupt: Interrupt, *, owner: bool = True) -> None:
         self.parts, self.workdir, self._interrupt = parts, workdir, interrupt
         self._checkpoints: Checkpoints | None = None  # like the report, in process 0 only
-        if processes.first():
-            self._checkpoints = Checkpoints(workdir / 'checkpoints', parts.config.checkpoint.keep, owner=owner)
+        processes.from_first(lambda: self._open_checkpoints(owner))
         self.position = 0  # batches consumed, which is updates made or skipped
         self.evaluation: dict[str, float] = {}  # the last one
         self._evaluated_at = 0
@@ -101,6 +114,12 @@ class Run:
         self._report: Report | None = None
         self._waiting: dict[str, jax.Array] | None = None
         self._others_leave = False  # some process was asked to, before the update whose metrics were read last
+
+    def _open_checkpoints(self, owner: bool) -> None:
+        with writing(self.workdir, 0):
+            self._checkpoints = Checkpoints(
+                self.workdir / 'checkpoints', self.parts.config.checkpoint.keep, owner=owner
+            )
 
     def restore(self) -> None:
         """Puts the newest whole checkpoint on the grid, if there is one."""

@@ -15,7 +15,8 @@ def test_a_signal_is_remembered_and_handlers_come_back(number):
         os.kill(os.getpid(), number)
         assert interrupt.requested()
         assert interrupt.number == number
-        assert signal.getsignal(number) == before  # a second one ends the process
+        # A second one ends the process, whatever that is computing.
+        assert signal.getsignal(number) == (signal.SIG_DFL if before is signal.default_int_handler else before)
     assert signal.getsignal(number) == before
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -173,10 +174,22 @@ def test_when_one_is_killed_the_others_leave_and_say_so(tmp_path, alone, gone):
         assert_same_run(tmp_path / 'run', alone)
 
 
-def test_what_is_wrong_in_one_is_said_once(tmp_path):
-    run = Together(tmp_path / 'run', 2, ('--config.seed=0', '--config.input.test_split=nonsense'))
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        # input.dir is a host's own affair.
+        (('--config.input.dir=', '--config.input.dir=/nowhere'), r'error: nothing reads these fields .*input\.dir'),
+        (
+            ('--config.seed=0', '--config.seed=1'),
+            'error: process 1 has seed=1, not 0, as process 0 has; start all of them alike',
+        ),
+        (('--cpu_devices=2', '--cpu_devices=1'), r'error: the processes have \[2, 1\] devices'),
+    ],
+)
+def test_what_is_wrong_in_one_is_said_once(tmp_path, options, message):
+    run = Together(tmp_path / 'run', 2, options)
     assert run.wait(120) == [2, 2]
-    assert 'error: input.test_split' in run.text()
+    assert len(re.findall(message, run.text())) == 1, run.text()
     assert 'error' not in run.text(1)
 
 
@@ -184,6 +197,7 @@ def test_one_process_is_a_plain_call():
     assert processes.from_first(lambda: 3) == 3
     assert processes.together(lambda: 4) == 4
     assert processes.first()
+    processes.require_same({'seed': 0})
     with processes.connected(None):
         pass
 

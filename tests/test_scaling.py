@@ -85,7 +85,9 @@ def test_strides_of_the_stages():
     assert model_spec('b0', strides=(1, 2, 2, 2, 1, 2, 1)) == model_spec('b0')
 
 
-@pytest.mark.parametrize('strides', [(), (1, 2, 2, 2, 1, 2), (1, 2, 2, 2, 1, 2, 1, 1), (1, 2, 3, 2, 1, 2, 1), (0,) * 7])
+@pytest.mark.parametrize(
+    'strides', [(), (1, 2, 2, 2, 1, 2), (1, 2, 2, 2, 1, 2, 1, 1), (1, 2, 3, 2, 1, 2, 1), (0,) * 7, (1.0,) * 7]
+)
 def test_strides_out_of_range(strides):
     with pytest.raises(ConfigError, match=rf'^strides={re.escape(str(strides))} must be 7 numbers, each 1 or 2'):
         model_spec('b0', strides=strides)
