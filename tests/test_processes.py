@@ -1,6 +1,7 @@
 """Several real processes as one run: finding each other, agreeing, leaving together, going on in another number."""
 
 import csv
+import itertools
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import sys
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from configs import base
@@ -177,8 +179,6 @@ def test_when_one_is_killed_the_others_leave_and_say_so(tmp_path, alone, gone):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        # input.dir is a host's own affair.
-        (('--config.input.dir=', '--config.input.dir=/nowhere'), r'error: nothing reads these fields .*input\.dir'),
         (
             ('--config.seed=0', '--config.seed=1'),
             'error: process 1 has seed=1, not 0, as process 0 has; start all of them alike',
@@ -190,6 +190,22 @@ def test_what_is_wrong_in_one_is_said_once(tmp_path, options, message):
     run = Together(tmp_path / 'run', 2, options)
     assert run.wait(120) == [2, 2]
     assert len(re.findall(message, run.text())) == 1, run.text()
+    assert 'error' not in run.text(1)
+
+
+def test_data_missing_on_one_host_stops_all(tmp_path):
+    for split, name, number in itertools.product(('train', 'test'), 'ab', range(8)):
+        folder = tmp_path / 'photos' / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new('RGB', (8, 8), (number, 0, 0)).save(folder / f'{number}.png')
+    run = Together(
+        tmp_path / 'run',
+        2,
+        '--config.dataset=folder',
+        (f'--config.input.dir={tmp_path / "photos"}', '--config.input.dir=/nowhere'),
+    )
+    assert run.wait(120) == [2, 2]
+    assert len(re.findall('error: .*/nowhere', run.text())) == 1, run.text()
     assert 'error' not in run.text(1)
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m experiments.benchmark --help` lists them."""
