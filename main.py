@@ -2,6 +2,7 @@
 
   python main.py --config=configs/digits.py --workdir=runs/digits
   python main.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.seed=1 --config.replicas=8
+  python main.py --config=configs/digits.py --workdir=runs/two --cpu_devices=2 --config.stages=2 --config.micro_batch=8
   python main.py --mode=evaluate --workdir=runs/digits
 
 configs/base.py names every field that --config.FIELD=VALUE can set. The same command again resumes a run.
@@ -22,7 +23,7 @@ _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'What to do; evaluate takes it
 _CPU_DEVICES = flags.DEFINE_integer(
     'cpu_devices',
     0,
-    'Virtual CPU devices to run on, to try replicas without accelerators; 0 = what there is.',
+    'Virtual CPU devices of this process, to try replicas and stages without accelerators; 0 = what there is.',
     lower_bound=0,
 )
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, if several processes share the run.')
@@ -32,8 +33,8 @@ _CLUSTER = flags.DEFINE_enum(
     'cluster',
     'auto',
     ('auto', 'jax', 'none'),
-    'Who says what the three flags above leave open: the launcher (srun, mpirun, torchrun, a Kubernetes Job or '
-    "JobSet), JAX's own detection (Cloud TPU), or nobody.",
+    'Who says what --coordinator, --process_id and --process_count leave open: the launcher (srun, mpirun, torchrun, '
+    "a Kubernetes Job or JobSet), JAX's own detection (Cloud TPU), or nobody; see docs/launch.md.",
 )
 
 

@@ -23,7 +23,7 @@ Its device holds, in bytes:
 Not counted are the uint8 images, which all devices of a replica hold whatever the splits, and what is there for a
 moment only: gradients of activations, hand-over buffers, the optimizer's temporaries.
 
-  python -m efficientnet.partition --config=configs/cifar10.py --config.stages=2
+  python -m efficientnet.partition --config=configs/cifar10.py --config.stages=2 --classes=10
 
 prints the stages of a recipe as a table; it needs neither data nor devices. configs/base.py names every field that
 --config.FIELD=VALUE can set: model, image_size, micro_batch, stages, splits, pipeline, recompute, precision.policy,
@@ -379,7 +379,8 @@ def format_table(stages: Sequence[Stage], *, timed: bool = False) -> str:
         lines.append('  '.join([number.rjust(widths[0]), blocks.ljust(widths[1]), *cells]))
     load = sum(stage.work for stage in stages) / most / len(stages)
     largest = sum(max(values) for values in zip(*((s.weights, s.stash, s.activations) for s in stages), strict=True))
-    lines.append(f'mean load {load:.0%}; one program for all devices sets the largest of each aside: {_bytes(largest)}')
+    needed = f'one program serves all, so every device needs the largest of each: {_bytes(largest)}'
+    lines.append(f'mean load {load:.0%}; {needed}')
     return '\n'.join(lines)
 
 

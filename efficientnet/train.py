@@ -134,7 +134,7 @@ class Run:
         self.evaluation, self._evaluated_at = facts['evaluation'], facts['evaluated_at']
         self._best, self._clock = facts['best'], Clock(facts['clock'])
         self._state = parts.grid.place(pack_state(state, shapes, parts.packings))
-        say(*complaints, f'going on from step {self.position} of {parts.total_steps}')
+        say(*complaints, f'checkpoint of step {self.position} of {parts.total_steps}')
 
     def finished(self) -> bool:
         """Tells whether all updates are made and their outcome is evaluated."""

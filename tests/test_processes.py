@@ -149,7 +149,7 @@ def test_two_are_one_and_a_signal_to_either_stops_both(tmp_path, alone):
     assert 'saved at step' not in first.text(1)
     again = Together(tmp_path / 'run', 2)
     assert again.wait() == [0, 0], again.text() + again.text(1)
-    assert 'going on from step' in again.text()
+    assert 'checkpoint of step' in again.text()
     assert '4 × cpu (cpu) in 2 processes' in again.text()
     assert 'done' not in again.text(1)
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['replicas'] == 2

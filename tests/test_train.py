@@ -87,7 +87,7 @@ def test_a_finished_run_is_not_run_again(finished, capsys):
     again = train(tiny_config(**TINY), workdir)
     assert again['test_accuracy'] == summary['test_accuracy']
     assert again['images_per_second'] == pytest.approx(summary['images_per_second'])
-    assert 'going on from step 6 of 6' in capsys.readouterr().out
+    assert 'checkpoint of step 6 of 6' in capsys.readouterr().out
 
 
 def test_evaluate_agrees(finished):
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_costs_only_its_steps(tmp_path, finished, capsys):
     train(tiny_config(**TINY), tmp_path)
     out = capsys.readouterr().out
     assert 'checkpoints/6 is damaged' in out
-    assert 'going on from step 3 of 6' in out
+    assert 'checkpoint of step 3 of 6' in out
     assert state_bytes(tmp_path) == state_bytes(finished[0])
 
 
