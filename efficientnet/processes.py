@@ -33,7 +33,6 @@ from input_pipeline.errors import DataError
 
 T = TypeVar('T')
 
-CLUSTERS = ('auto', 'jax', 'none')
 # Variables in which launchers tell a process its number and how many there are: torchrun and its like, Open MPI,
 # SLURM (inside a step; its batch script has the numbers too, but runs alone), MPICH and Intel MPI.
 LAUNCHERS = (
