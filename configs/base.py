@@ -14,6 +14,11 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.seed = 0  # of initial weights, order of examples, augmentation, dropout and rounding
 
+    # What training starts from: the seed's weights, or those of another run, with a new classifier where the number
+    # of classes differs. Only a run's very start reads that run; going on from a checkpoint does not.
+    config.init_from = ''  # folder of a run; '' = none
+    config.init_weights = 'auto'  # of it: 'raw', 'averaged' (over epochs), 'update_average'; 'auto' = an average if any
+
     # What is trained on.
     config.dataset = 'digits'  # 'digits' (embedded), 'folder', or any TFDS name: 'cifar10', 'imagenet2012', …
     config.image_size = 224  # pixels a side, after cropping and resizing
@@ -70,6 +75,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.trust_coefficient = 0.001  # 'lars': η
     config.optimizer.epsilon = 0.0  # 'lars': in the trust ratio; 'rmsprop': inside the square root
     config.optimizer.rms_decay = 0.953125  # 'rmsprop'
+    # The rest is frozen: parameters, their optimizer state and, where a whole batch norm is, its statistics stay as
+    # they are, to the bit; such a norm goes by its running statistics in training too.
+    config.optimizer.trainable = ''  # 'head,block7*': blocks or parameters, such as '*/bias'; '' = everything
 
     config.schedule = ml_collections.ConfigDict()
     config.schedule.kind = 'polynomial'  # 'polynomial', 'exponential', 'cosine', 'constant'

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from efficientnet import augment, losses, random_keys
+from efficientnet import augment, freezing, losses, random_keys
 from efficientnet.layout import AXIS, Layout
 from efficientnet.model import EfficientNet
 from efficientnet.packing import Packings, own_stage
@@ -102,15 +102,17 @@ class Stage:
     def vjp(self, variables: Tree, x: jax.Array | None, micro: Micro, scale: jax.Array) -> tuple:
         """Goes forward and returns what `run` does, with the function back between the two.
 
-        That function maps the gradient of what came out to those of the parameters and, except of the first
-        stage, of x.
+        That function maps the gradient of what came out to those of the parameters, None for frozen ones, and,
+        except of the first stage, of x.
         """
+        params = variables['params']
 
-        def function(params: Tree, *x: jax.Array) -> tuple:
-            return self.run(params, variables['batch_stats'], *(x or (None,)), micro, scale)
+        def function(trained: Tree, *x: jax.Array) -> tuple:
+            return self.run(freezing.join(trained, params), variables['batch_stats'], *(x or (None,)), micro, scale)
 
         inputs = () if self.first else (x,)
-        return jax.vjp(function, variables['params'], *inputs, has_aux=True)
+        # What is not an argument costs no gradient: leading blocks that are frozen go forward only.
+        return jax.vjp(function, freezing.leave_out(params, self.rule.frozen), *inputs, has_aux=True)
 
 
 def make_accumulate(

@@ -10,7 +10,7 @@ import ml_collections
 import optax
 
 import input_pipeline
-from efficientnet import random_keys, scaling
+from efficientnet import freezing, random_keys, scaling
 from efficientnet.augment import Mixing
 from efficientnet.costs import block_costs
 from efficientnet.durations import to_steps
@@ -55,10 +55,17 @@ class Parts:
             random_keys.purpose_key(self.config.seed, 'weights')
         )
 
-    def init_state(self) -> TrainState:
-        """Returns the packed state of all stages before the first update."""
+    def init_state(self, start: Tree | None = None) -> TrainState:
+        """Returns the packed state of all stages before the first update.
+
+        Args:
+            start: Variables to take instead of the seed's, as `initial_weights.fit_weights` returns them.
+        """
         build = functools.partial(init_state, optimizer=self.optimizer, packings=self.packings, rule=self.rule)
-        return jax.jit(build)(self.init_variables())
+        variables = self.init_variables()
+        if start is not None:
+            variables = {name: freezing.join(start[name], drawn) for name, drawn in variables.items()}
+        return jax.jit(build)(variables)
 
     def state_shapes(self) -> TrainState:
         """Returns the shapes and dtypes of the packed state of all stages without computing it."""
@@ -113,6 +120,9 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
     model = _make_model(fields.model, len(train_source.classes), policy.compute)
     layout = _make_layout(fields, model, policy)
     packings = _make_packings(model, fields.image_size, layout)
+    frozen = freezing.frozen_names(fields.optimizer.trainable, packings.params.names, packings.batch_stats.names)
+    frozen_statistics = frozen.intersection(packings.batch_stats.names)
+    model = model.clone(frozen_norms=frozenset(name.rpartition('/')[0] for name in frozen_statistics))
 
     steps_of = functools.partial(to_steps, num_examples=train_source.num_examples, global_batch=layout.global_batch)
     total_steps = fields.steps or steps_of('epochs', f'{fields.epochs} epochs', total_steps=None)
@@ -136,6 +146,7 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
         batch_norm_decay=fields.model.batch_norm_decay if fields.model.norm == 'batch' else 0.0,
         update_decay=fields.averaging.update_decay,
         epoch_decay=fields.averaging.epoch_decay,
+        frozen=frozen,
     )
     resolved = config.copy_and_resolve_references()
     with resolved.unlocked():
@@ -342,5 +353,7 @@ def _check_input(fields: Fields, parts: Parts) -> None:
     parts.evaluation_batches()
     # Read by the pipelines through `Parts`.
     fields.input.damaged_limit, fields.augment.crop, fields.augment.flip  # noqa: B018
+    if fields.init_from:  # read where a run starts
+        fields.init_weights  # noqa: B018
     if fields.augment.crop == 'pad':
         fields.augment.pad  # noqa: B018

@@ -78,29 +78,34 @@ class Checkpoints:
         metrics = None if accuracy is None else {SCORE: accuracy}
         self._manager.save(position, args=items, metrics=metrics, force=True)
 
-    def restore(self, like: Tree, position: int) -> tuple[Tree, dict[str, Any]]:
+    def restore(self, like: Tree | None, position: int) -> tuple[Tree, dict[str, Any]]:
         """Reads one checkpoint.
 
         Args:
-            like: A state with the structure, shapes and dtypes to expect.
+            like: A state with the structure, shapes and dtypes to expect; None takes what there is.
             position: One of `positions()`.
 
         Returns:
-            The state as host arrays, and the facts saved beside it.
+            The state as host arrays, {dotted name: array} where nothing was expected, and the facts saved beside it.
 
         Raises:
             Exception: Whatever Orbax raises on a damaged checkpoint, or ValueError if bytes differ.
         """
-        wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _flatten(like))
+        wanted = None
+        if like is not None:
+            wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _flatten(like))
         items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), facts=ocp.args.JsonRestore())
         restored = self._manager.restore(position, args=items)
         arrays = {name: np.asarray(leaf) for name, leaf in restored['state'].items()}
         if _digest(arrays) != restored['facts']['digest']:
             raise ValueError('its bytes are not those that were saved')
-        return _unflatten(like, arrays), restored['facts']
+        return arrays if like is None else _unflatten(like, arrays), restored['facts']
 
-    def restore_newest(self, like: Tree) -> tuple[Tree, dict[str, Any], list[str]] | None:
+    def restore_newest(self, like: Tree | None = None) -> tuple[Tree, dict[str, Any], list[str]] | None:
         """Reads the newest checkpoint that is whole.
+
+        Args:
+            like: As of `restore`.
 
         Returns:
             State, facts, and a line for each newer checkpoint that was damaged; None if there are none at all.

@@ -19,7 +19,17 @@ from efficientnet.normalization import BatchNorm, GroupNorm, Layout, ProxyNormSw
 from efficientnet.random_keys import layer_keys
 from efficientnet.scaling import BlockSpec, ModelSpec, block_names
 
-SHARED = ('norm', 'norm_groups', 'norm_layout', 'norm_axis', 'epsilon', 'padding', 'conv_method', 'dtype')
+SHARED = (
+    'norm',
+    'norm_groups',
+    'norm_layout',
+    'norm_axis',
+    'epsilon',
+    'padding',
+    'conv_method',
+    'dtype',
+    'frozen_norms',
+)
 NORMS = ('group', 'batch', 'layer_proxy')
 DENSE_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'truncated_normal')
 GROUPED_INIT = nn.initializers.variance_scaling(2.0, 'fan_in', 'truncated_normal')
@@ -56,6 +66,7 @@ class Layers(nn.Module):
         padding: 'same' (TensorFlow) or 'symmetric' (PyTorch).
         conv_method: formulation of the blocks' spatial convolution, a key of `convolution.METHODS` or 'auto'.
         dtype: compute dtype of activations. Statistics, pools and the classifier are fp32.
+        frozen_norms: of 'batch', names such as 'block1a/expand_norm': they work as in evaluation in training too.
     """
 
     norm: Literal['group', 'batch', 'layer_proxy'] = 'group'
@@ -66,10 +77,12 @@ class Layers(nn.Module):
     padding: Padding = 'same'
     conv_method: str = 'auto'
     dtype: Any = jnp.float32
+    frozen_norms: frozenset[str] = frozenset()
 
     def normalize(self, name: str, x: Array, train: bool, swish: bool = False) -> Array:
         """Group or batch norm, and swish if wanted."""
         if self.norm == 'batch':
+            train = train and f'{self.name}/{name}' not in self.frozen_norms
             x = BatchNorm(self.epsilon, self.norm_axis, name=name)(x, train=train)
             return nn.swish(x) if swish else x
         return GroupNorm(self.norm_groups, self.norm_layout, self.epsilon, swish=swish, name=name)(x)

@@ -68,11 +68,17 @@ class Packing:
         return self.structure.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in self.shapes])
 
     def pack(self, tree: Tree, dtype: jax.typing.DTypeLike) -> jax.Array | np.ndarray:
-        """Lays the arrays of a tree of this structure out in rows, [rows, ROW] in `dtype`; of numpy, in numpy."""
+        """Lays the arrays of a tree of this structure out in rows, [rows, ROW] in `dtype`; of numpy, in numpy.
+
+        None in the place of an array stands for zeros.
+        """
         leaves = self.structure.flatten_up_to(tree)
         xp = np if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp
         rows = [xp.zeros((0, ROW), dtype)]
         for leaf, count in zip(leaves, self.counts, strict=True):
+            if leaf is None:
+                rows.append(xp.zeros((count, ROW), dtype))
+                continue
             flat = leaf.ravel().astype(dtype)
             rows.append(xp.pad(flat, (0, count * ROW - flat.size)).reshape(count, ROW))
         return xp.concatenate(rows)
@@ -107,6 +113,11 @@ class StagedPacking:
     def names(self) -> tuple[str, ...]:
         """Of all arrays, stage after stage."""
         return tuple(name for part in self.parts for name in part.names)
+
+    @property
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all arrays, by name."""
+        return {name: shape for part in self.parts for name, shape in zip(part.names, part.shapes, strict=True)}
 
     @property
     def size(self) -> int:
@@ -148,6 +159,11 @@ class StagedPacking:
         for stage, part in enumerate(self.parts):
             table[stage, : len(part.names)] = [value(name) for name in part.names]
         return table
+
+    def rows_of(self, names: Collection[str]) -> np.ndarray:
+        """Marks the rows of the arrays that have these names, bool [stages, rows, 1]."""
+        chosen = self.per_array(lambda name: name in names, bool)
+        return np.take_along_axis(chosen, self.owners, axis=1)[:, :, None]
 
     @property
     def owners(self) -> np.ndarray:

@@ -28,13 +28,14 @@ class Programs(NamedTuple):
     initial: TrainState | None  # not compiled but computed: the state before the first update, on the host
 
 
-def compile_programs(parts: Parts, *, update: bool, initial: bool) -> Programs:
+def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree | None = None) -> Programs:
     """Compiles what a run needs.
 
     Args:
         parts: Of the run.
         update: Whether it will train.
         initial: Whether it starts from the beginning.
+        start: Weights to start from, as of `Parts.init_state`.
     """
     grid, rule = parts.grid, parts.rule
     jobs: dict[Any, Callable] = {
@@ -48,7 +49,7 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool) -> Programs:
         state = _on_device(parts.state_shapes())
         jobs['epoch_average'] = lambda: grid.compile(make_epoch_average(rule), state, donate_argnums=0)
     if initial:
-        jobs['initial'] = lambda: jax.device_get(parts.init_state())
+        jobs['initial'] = lambda: jax.device_get(parts.init_state(start))
     with ThreadPoolExecutor() as pool:
         running = {name: pool.submit(job) for name, job in jobs.items()}
         done = {name: job.result() for name, job in running.items()}

@@ -31,7 +31,7 @@ class Residuals:
     def pack(self, pull: Callable) -> jax.Array:
         """Returns the bytes of another backward function of the same stage, uint8 [size]."""
         leaves = [leaf for leaf, i in zip(jax.tree.leaves(pull), self._params, strict=True) if i is None]
-        return jnp.concatenate([_to_bytes(leaf) for leaf in leaves])
+        return jnp.concatenate([jnp.zeros(0, jnp.uint8), *map(_to_bytes, leaves)])  # a frozen first stage has none
 
     def unpack(self, data: jax.Array, params: Tree) -> Callable:
         """Returns the backward function again, from its bytes (and what pads them) and the parameters."""

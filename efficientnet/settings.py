@@ -6,12 +6,16 @@ silently ignored.
 """
 
 import dataclasses
+import json
+import pathlib
 from typing import Any
 
 import ml_collections
 
 from configs import base
 from efficientnet.errors import ConfigError
+
+CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'  # in the folder of a run
 
 # These may change when a run is resumed: they say where and how it runs, not what it computes. (Except that
 # images are mixed within a micro-batch, and batch norm takes its statistics there.)
@@ -46,6 +50,18 @@ def flatten(config: ml_collections.ConfigDict | dict, prefix: str = '') -> dict[
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple | list) else value
     return flat
+
+
+def read_stored(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns the nested fields of the run in a folder.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    try:
+        return json.loads((workdir / CONFIG).read_text())
+    except ValueError as error:
+        raise ConfigError(f'{workdir / CONFIG} is damaged ({error}); restore it or give another folder') from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,14 @@ from efficientnet.assemble import Parts, assemble
 from efficientnet.checkpoints import Checkpoints
 from efficientnet.errors import ConfigError, RunError
 from efficientnet.evaluation import run_evaluation
+from efficientnet.initial_weights import fit_weights, read_weights
 from efficientnet.interrupt import Interrupt, Interrupted
 from efficientnet.layout import largest_replicas
 from efficientnet.programs import compile_programs
 from efficientnet.reporting import Clock, Report, describe, duration, evaluation_text, say, write_json
+from efficientnet.settings import CHECKPOINTS
 from efficientnet.train_state import TrainState, pack_state, unpack_state
-from efficientnet.workdir import claim, stored_config, writing
+from efficientnet.workdir import claim, has_checkpoint, stored_config, writing
 
 Tree = Any
 
@@ -40,12 +42,13 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     parts = _assemble(config)
     say(*describe(parts))
     with contextlib.ExitStack() as stack, Interrupt() as interrupt:
+        start = processes.from_first(lambda: _start(parts, workdir))
         processes.from_first(lambda: stack.enter_context(claim(workdir, parts)))
         run = Run(parts, workdir, interrupt)
         try:
             run.restore()
             if not run.finished():
-                run.compile()
+                run.compile(start=start)
                 run.loop()
             return run.summarise()
         finally:
@@ -98,6 +101,17 @@ def _assemble(config: ml_collections.ConfigDict) -> Parts:
     return parts
 
 
+def _start(parts: Parts, workdir: pathlib.Path) -> Tree | None:
+    """Reads the weights that a run starts from, if it starts here and now and not from its seed."""
+    c = parts.config
+    if not c.init_from or has_checkpoint(workdir):
+        return None
+    found = read_weights(pathlib.Path(c.init_from).expanduser(), c.init_weights)
+    variables, line = fit_weights(found, parts.packings, c, parts.rule.policy.master)
+    say(line)
+    return variables
+
+
 class Run:
     """A run in progress: the state on the grid, the position in the stream of batches, and the books kept."""
 
@@ -117,9 +131,7 @@ class Run:
 
     def _open_checkpoints(self, owner: bool) -> None:
         with writing(self.workdir, 0):
-            self._checkpoints = Checkpoints(
-                self.workdir / 'checkpoints', self.parts.config.checkpoint.keep, owner=owner
-            )
+            self._checkpoints = Checkpoints(self.workdir / CHECKPOINTS, self.parts.config.checkpoint.keep, owner=owner)
 
     def restore(self) -> None:
         """Puts the newest whole checkpoint on the grid, if there is one."""
@@ -140,12 +152,14 @@ class Run:
         """Tells whether all updates are made and their outcome is evaluated."""
         return self.position == self.parts.total_steps == self._evaluated_at
 
-    def compile(self, *, update: bool = True) -> None:
-        """Compiles the programs of the run and books the time; draws the initial weights if none were restored."""
+    def compile(self, *, update: bool = True, start: Tree | None = None) -> None:
+        """Compiles the programs of the run and books the time; makes the initial weights if none were restored."""
         initial = not self.position
         self._clock.tick()
         say('compiling …')
-        self._programs = self._interrupt.run(lambda: compile_programs(self.parts, update=update, initial=initial))
+        self._programs = self._interrupt.run(
+            lambda: compile_programs(self.parts, update=update, initial=initial, start=start)
+        )
         if initial:
             self._state = self.parts.grid.place(self._programs.initial)
         self._clock.tick('compiling')

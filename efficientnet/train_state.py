@@ -51,6 +51,7 @@ class UpdateRule:
     batch_norm_decay: float
     update_decay: float  # 0 = no average
     epoch_decay: float
+    frozen: frozenset[str] = frozenset()  # names of parameters and running statistics that stay as they are
 
 
 def init_state(

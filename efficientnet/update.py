@@ -6,6 +6,7 @@ statistics and metrics together. Whether everything is finite, on all stages, is
 changes, so a skipped update leaves weights, optimizer state, averages and step as they were.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from efficientnet import averaging
+from efficientnet import averaging, freezing
 from efficientnet.accumulation import Batch, make_accumulate
 from efficientnet.layout import AXIS, Layout
 from efficientnet.loss_scale import all_finite
@@ -58,6 +59,9 @@ def make_update(
         stats = sums['batch_stats'] * share
 
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        hold = functools.partial(freezing.hold, frozen=rule.frozen)
+        updates = hold(updates, jnp.zeros_like(updates), packings.params)
+        optimizer_state = hold(optimizer_state, state.optimizer, packings.params)
         # What all stages together say. The last has loss and hits; each has its share of the squared norms. Its
         # flag also catches what only overflows when weights or momentum are rounded to 16 bits.
         own = sums['metrics'] | {
@@ -69,8 +73,9 @@ def make_update(
         vector, unravel = ravel_pytree(own)
         said = unravel(_sum_over(vector, layout.replica_groups))
         finite = said.pop('unfinished') == 0
-        params = apply_updates(state.params, updates)
+        params = hold(apply_updates(state.params, updates), state.params, packings.params)
         batch_stats = rule.batch_norm_decay * state.batch_stats + (1.0 - rule.batch_norm_decay) * stats
+        batch_stats = hold(batch_stats, state.batch_stats, packings.batch_stats)
         changed = state._replace(step=state.step + 1, params=params, batch_stats=batch_stats, optimizer=optimizer_state)
         if rule.update_decay:
             variables = {'params': params, 'batch_stats': batch_stats}

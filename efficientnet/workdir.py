@@ -14,9 +14,7 @@ import ml_collections
 from efficientnet.assemble import Parts
 from efficientnet.errors import ConfigError, RunError
 from efficientnet.reporting import write_json
-from efficientnet.settings import check_resumable, flatten
-
-CONFIG = 'config.json'
+from efficientnet.settings import CHECKPOINTS, CONFIG, check_resumable, flatten, read_stored
 
 
 @contextlib.contextmanager
@@ -39,7 +37,7 @@ def claim(workdir: pathlib.Path, parts: Parts) -> Iterator[None]:
         except BlockingIOError as error:
             raise ConfigError(f'--workdir={workdir} is in use by another process; give another one') from error
         if (workdir / CONFIG).exists():
-            check_resumable(flatten(_read(workdir)), flatten(config), str(workdir))
+            check_resumable(flatten(read_stored(workdir)), flatten(config), str(workdir))
         _check_room(workdir, parts)
         with writing(workdir, 0):
             write_json(workdir / CONFIG, config)
@@ -66,6 +64,11 @@ def writing(workdir: pathlib.Path, saved_at: int) -> Iterator[None]:
         ) from error
 
 
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Tells whether a run in this folder has come as far as to save something."""
+    return any(path.name.isdigit() for path in (workdir / CHECKPOINTS).glob('*'))
+
+
 def stored_config(workdir: pathlib.Path, given: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:
     """Returns the config to evaluate a run with: the one given, checked against the run's, or the run's own.
 
@@ -74,7 +77,7 @@ def stored_config(workdir: pathlib.Path, given: ml_collections.ConfigDict | None
     """
     if not (workdir / CONFIG).exists():
         raise ConfigError(f'--workdir={workdir} holds no run: there is no {CONFIG} in it')
-    stored = ml_collections.ConfigDict(_read(workdir), convert_dict=True)
+    stored = ml_collections.ConfigDict(read_stored(workdir), convert_dict=True)
     if given is None:
         return stored.lock()
     before = flatten(stored)
@@ -82,13 +85,6 @@ def stored_config(workdir: pathlib.Path, given: ml_collections.ConfigDict | None
     now = flatten(given) | {name: before[name] for name in ('micro_batch', 'replicas') if name in before}
     check_resumable(before, now, str(workdir))
     return given.copy_and_resolve_references().lock()
-
-
-def _read(workdir: pathlib.Path) -> dict:
-    try:
-        return json.loads((workdir / CONFIG).read_text())
-    except ValueError as error:
-        raise ConfigError(f'{workdir / CONFIG} is damaged ({error}); restore it or give another --workdir') from error
 
 
 def _check_room(workdir: pathlib.Path, parts: Parts) -> None:
