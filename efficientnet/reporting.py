@@ -12,6 +12,7 @@ from tensorboard.summary import Writer
 
 from efficientnet.assemble import Parts
 from efficientnet.partition import stage_blocks
+from efficientnet.pipeline import timetable
 from efficientnet.processes import first
 
 COLUMNS = (
@@ -80,7 +81,11 @@ def _stages(parts: Parts) -> list[str]:
     if layout.stages == 1:
         return []
     blocks = ' | '.join(f'{names[0]} … {names[-1]}' for names in stage_blocks(parts.model.spec, layout.splits))
-    return [f'stages   {blocks}; {layout.schedule} schedule, recompute {layout.recompute}']
+    ticks = len(timetable(layout.schedule, layout.stages, layout.accumulation).forward)
+    return [
+        f'stages   {blocks}; {layout.schedule} schedule, {layout.accumulation} micro-batches in {ticks} ticks, '
+        f'recompute {layout.recompute}'
+    ]
 
 
 class Clock:

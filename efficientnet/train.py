@@ -47,7 +47,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
         run = Run(parts, workdir, interrupt)
         try:
             run.restore()
-            if not run.finished():
+            if run.finished():
+                say(f'nothing left to do: {workdir} holds the finished run')
+            else:
                 run.compile(start=start)
                 run.loop()
             return run.summarise()

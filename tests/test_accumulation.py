@@ -72,10 +72,8 @@ def check(stages, replicas, count, exact=False, bound=1e-5, **changes):
 FEW = [
     (2, 1, 1, 'stage', 'grouped'),
     (2, 2, 5, 'none', 'grouped'),
-    (3, 1, 7, 'stage', 'grouped'),
     (3, 2, 2, 'block', 'sequential'),
-    (4, 2, 4, 'none', 'grouped'),
-    (4, 1, 3, 'stage', 'sequential'),
+    (4, 2, 4, 'stage', 'grouped'),
 ]
 
 
@@ -98,7 +96,9 @@ def test_no_layout_changes_the_result(stages, replicas, schedule, recompute):
         check(stages, replicas, count, **layout)
 
 
-@pytest.mark.parametrize(('stages', 'replicas', 'recompute'), [(2, 2, 'stage'), (3, 1, 'block')])
+@pytest.mark.parametrize(
+    ('stages', 'replicas', 'recompute'), [(2, 2, 'stage'), pytest.param(3, 1, 'block', marks=pytest.mark.slow)]
+)
 def test_16_bits_are_the_same_bits(stages, replicas, recompute):
     """Recomputed from the same 16-bit boundaries, by the same operations, rounded by the same random bits."""
     check(stages, replicas, 4, exact=True, precision__policy='16.16', recompute=recompute)
@@ -113,7 +113,7 @@ def test_16_bits_kept_between_forward_and_backward():
     'changes',
     [
         {'model__norm': 'batch'},
-        {'model__norm': 'layer_proxy'},
+        pytest.param({'model__norm': 'layer_proxy'}, marks=pytest.mark.slow),
         {'optimizer__name': 'rmsprop', 'optimizer__epsilon': 1e-3},
     ],
 )
@@ -121,7 +121,7 @@ def test_norms_and_optimizers(changes):
     check(3, 2, 2, recompute='none' if 'model__norm' in changes else 'stage', **changes)
 
 
-@pytest.mark.parametrize('recompute', ['stage', 'none'])
+@pytest.mark.parametrize('recompute', ['stage', pytest.param('none', marks=pytest.mark.slow)])
 def test_a_stage_that_overflows_stops_all(recompute):
     """Only the last stage's classifier is infinite; nobody's weights may move."""
     parts = tiny_parts(splits='block1a,block2a', micro_batch=4, recompute=recompute, precision__loss_scale='dynamic')

@@ -61,7 +61,7 @@ def test_a_run_from_end_to_end(tmp_path):
     assert (summary['replicas'], summary['accumulation'], summary['steps']) == (2, 2, 2)
     assert f'test accuracy {summary["test_accuracy"]:.2%}' in found.stdout.splitlines()[-1]
     again = run(*flags, *small)
-    assert 'checkpoint of step 2 of 2' in again.stdout
+    assert 'nothing left to do' in again.stdout
     evaluated = run('--mode=evaluate', f'--workdir={tmp_path}')
     assert evaluated.returncode == 0, evaluated.stderr
     assert f'step 2  test accuracy {summary["test_accuracy"]:.2%}' in evaluated.stdout

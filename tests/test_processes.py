@@ -170,7 +170,7 @@ def test_when_one_is_killed_the_others_leave_and_say_so(tmp_path, alone, gone):
     if statuses[1 - gone] == processes.LOST:
         assert f'process {gone} of 2 on ' in run.text(1 - gone)
         assert ' is gone' in run.text(1 - gone)
-    if gone == 1:
+    if gone == 0:
         last = Together(tmp_path / 'run', 1)
         assert last.wait() == [0], last.text()
         assert_same_run(tmp_path / 'run', alone)

@@ -87,7 +87,7 @@ def test_a_finished_run_is_not_run_again(finished, capsys):
     again = train(tiny_config(**TINY), workdir)
     assert again['test_accuracy'] == summary['test_accuracy']
     assert again['images_per_second'] == pytest.approx(summary['images_per_second'])
-    assert 'checkpoint of step 6 of 6' in capsys.readouterr().out
+    assert 'nothing left to do' in capsys.readouterr().out
 
 
 def test_evaluate_agrees(finished):
@@ -127,7 +127,7 @@ def die_saving(workdir, *, save, finish):
         train(tiny_config(**TINY), workdir)
 
 
-@pytest.mark.parametrize('save', [1, 2])
+@pytest.mark.parametrize('save', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_going_on_after_a_death_is_bit_identical(tmp_path, finished, save):
     die_saving(tmp_path, save=save, finish=False)
     summary = train(tiny_config(**TINY), tmp_path)
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_costs_only_its_steps(tmp_path, finished, capsys):
     assert state_bytes(tmp_path) == state_bytes(finished[0])
 
 
-@pytest.mark.parametrize('interrupted', [1, 2])
+@pytest.mark.parametrize('interrupted', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_interrupted_evaluation_is_made_up_for(tmp_path, finished, interrupted):
     """The summary never shows an earlier evaluation in the place of one that was cut off."""
     real, begun = Run.evaluate, []
@@ -207,7 +207,7 @@ def wait_for(workdir, step, process):
     raise AssertionError(f'no step {step}: {process.communicate()[0]}')
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     process = start(tmp_path, 3000)
     wait_for(tmp_path, 4, process)
