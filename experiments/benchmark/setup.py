@@ -15,6 +15,7 @@ import numpy as np
 
 from configs import base
 from efficientnet.errors import ConfigError
+from efficientnet.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from efficientnet.assemble import Parts
@@ -92,6 +93,7 @@ def start_jax(devices: int, *, threads: bool = True) -> None:
         # The first alone has no effect in JAX 0.10; the second sizes the pool, which has a thread a device at least.
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_multi_thread_eigen=false'.strip()
         os.environ['NPROC'] = '1'
+    keep_freed_memory()
     import jax
 
     jax.config.update('jax_platforms', 'cpu')
