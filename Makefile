@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup train test test-slow lint clean
+.PHONY: help setup bench-setup train test test-slow bench lint clean
 
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -17,6 +17,12 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
+bench-setup: $(VENV)/installed-bench  ## Adds PyTorch and timm, for `make bench` alone.
+
+$(VENV)/installed-bench: requirements-bench.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-bench.txt
+	@touch $@
+
 train: setup  ## Trains on the embedded digits into runs/digits.
 	$(BIN)/python main.py --config=configs/digits.py --workdir=runs/digits
 
@@ -25,6 +31,12 @@ test: setup lint  ## Lints, then runs the whole suite.
 
 test-slow: setup  ## Runs the tests that take minutes.
 	TEST_DEVICES=16 $(BIN)/python -m pytest -n 2 -m slow
+
+bench: bench-setup  ## Measures a training step and evaluation beside timm's.
+	$(BIN)/python -m experiments.benchmark train_step --model=b0 --group_size=16 --image_size=128 --batch=8
+	$(BIN)/python -m experiments.benchmark train_step --model=b0 --group_size=1 --norm=batch --image_size=224 --batch=8
+	$(BIN)/python -m experiments.benchmark train_step --model=b4 --group_size=16 --image_size=160 --batch=4
+	$(BIN)/python -m experiments.benchmark train_step --mode=evaluate --model=b0 --group_size=16 --image_size=128 --batch=8
 
 lint: setup  ## Checks style and format.
 	$(BIN)/ruff check .

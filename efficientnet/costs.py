@@ -7,12 +7,12 @@ forward pass, tensors with pixels only:
 | layer                        | keeps                                              | stored as     |
 | ---------------------------- | -------------------------------------------------- | ------------- |
 | convolution                  | its input                                          | compute dtype |
-| group norm, swish or not     | its input                                          | compute dtype |
-| batch norm, proxy norm's own | its input, and its input minus the mean            | fp32          |
-| swish after either           | its input, the sigmoid, the slope                  | compute dtype |
+| group, batch norm, their swish | its input                                          | compute dtype |
+| proxy norm's own norm        | its input, and its input minus the mean            | fp32          |
+| swish after it               | its input, the sigmoid, the slope                  | fp32          |
 | gate, proxy norm's factor    | what it multiplies                                 | compute dtype |
 
-Under layer_proxy that swish is fp32 as well, and what follows the projection is a group norm. A tensor that two layers
+Under layer_proxy what follows the projection is a group norm. A tensor that two layers
 keep counts once. Not counted is what has no pixels: weights, vectors of one number a channel, proxy norm's 200
 quantiles a channel. A compiler that fuses well keeps less, by computing cheap tensors twice.
 """
@@ -144,17 +144,13 @@ def _dense(inputs: int, outputs: int) -> _Layer:
 
 
 def _project_norm(channels: int, pixels: int, norm: str) -> _Layer:
-    parameters, tensor = _NORMS[norm].project * channels, channels * pixels
-    return _Layer(parameters, kept_fp32=NORM_KEEPS * tensor) if norm == 'batch' else _Layer(parameters, kept=tensor)
+    return _Layer(_NORMS[norm].project * channels, kept=channels * pixels)
 
 
 def _norm_swish(channels: int, pixels: int, norm: str, *, divided: bool = False) -> list[_Layer]:
     """A norm and its activation; `divided` where proxy norm's factor is multiplied into every element at once."""
     parameters, tensor = _NORMS[norm].activated * channels, channels * pixels
-    if norm == 'group':
+    if norm != 'layer_proxy':
         return [_Layer(parameters, kept=tensor)]
-    if norm == 'layer_proxy':
-        swish = _Layer(0, kept=tensor if divided else 0, kept_fp32=SWISH_KEEPS * tensor)
-    else:
-        swish = _Layer(0, kept=SWISH_KEEPS * tensor)
+    swish = _Layer(0, kept=tensor if divided else 0, kept_fp32=SWISH_KEEPS * tensor)
     return [_Layer(parameters, kept_fp32=NORM_KEEPS * tensor), swish]

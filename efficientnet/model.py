@@ -83,8 +83,7 @@ class Layers(nn.Module):
         """Group or batch norm, and swish if wanted."""
         if self.norm == 'batch':
             train = train and f'{self.name}/{name}' not in self.frozen_norms
-            x = BatchNorm(self.epsilon, self.norm_axis, name=name)(x, train=train)
-            return nn.swish(x) if swish else x
+            return BatchNorm(self.epsilon, self.norm_axis, swish, name=name)(x, train=train)
         return GroupNorm(self.norm_groups, self.norm_layout, self.epsilon, swish=swish, name=name)(x)
 
     def normalize_swish(self, name: str, x: Array, train: bool) -> Array:
@@ -157,7 +156,8 @@ class MBConv(Layers, kw_only=True):
         options = {'dtype': x.dtype, 'param_dtype': jnp.float32, 'kernel_init': DENSE_INIT}
         pooled = x.astype(jnp.float32).mean((1, 2)).astype(x.dtype)
         hidden = nn.swish(nn.Dense(self.spec.se_channels, name='se_reduce', **options)(pooled))
-        return nn.sigmoid(nn.Dense(self.spec.mid_channels, name='se_expand', **options)(hidden))
+        gate = nn.sigmoid(nn.Dense(self.spec.mid_channels, name='se_expand', **options)(hidden))
+        return jax.lax.optimization_barrier(gate)  # or it would be computed anew in every pixel
 
 
 class Head(Layers, kw_only=True):

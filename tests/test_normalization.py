@@ -10,10 +10,12 @@ import pytest
 from efficientnet.errors import ConfigError
 from efficientnet.normalization import (
     BatchNorm,
+    BatchPool,
     GroupNorm,
+    GroupPool,
     ProxyNormSwish,
     group_norm,
-    group_norm_swish,
+    norm_swish,
     proxy_moments,
 )
 
@@ -96,20 +98,48 @@ def test_own_gradient_is_that_of_autodiff(shape, groups, layout, swish):
         y = group_norm(x, scale, bias, groups, layout, 1e-3)
         return nn.swish(y) if swish else y
 
-    y, pull = jax.vjp(lambda *given: group_norm_swish(*given, groups, layout, 1e-3, swish), x, scale, bias)
+    y, pull = jax.vjp(lambda *given: norm_swish(*given, GroupPool(groups, layout), 1e-3, swish)[0], x, scale, bias)
     want, want_pull = jax.vjp(plain, x, scale, bias)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
     for got, expected in zip(pull(dy), want_pull(dy), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize('swish', [False, True])
+@pytest.mark.parametrize('shape', [(4, 3, 5, 12), (4, 1, 1, 12)])
+def test_own_gradient_of_batch_norm_is_that_of_autodiff_on_one_device_and_over_two(shape, swish):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(3, 2, (2, *shape)).astype(np.float32)
+    scale, bias = rng.normal(size=(2, shape[3])).astype(np.float32)
+
+    def plain(x, scale, bias):
+        u = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-3)
+        y = u * scale + bias
+        return nn.swish(y) if swish else y
+
+    with jax.numpy_rank_promotion('allow'):
+        y, pull = jax.vjp(plain, x, scale, bias)
+        want = (y, *pull(dy))
+
+    def run(axis, x, dy):
+        y, pull = jax.vjp(lambda *given: norm_swish(*given, BatchPool(axis), 1e-3, swish)[0], x, scale, bias)
+        dx, dscale, dbias = pull(dy)
+        total = functools.partial(jax.lax.psum, axis_name=axis) if axis else jnp.array
+        return y, dx, total(dscale), total(dbias)
+
+    halves = [given.reshape(2, 2, *shape[1:]) for given in (x, dy)]
+    synced = jax.pmap(functools.partial(run, 'replica'), 'replica', devices=jax.devices()[:2])(*halves)
+    synced = [*(leaf.reshape(shape) for leaf in synced[:2]), *(leaf[0] for leaf in synced[2:])]
+    for got in (run(None, x, dy), synced):
+        for mine, theirs in zip(got, want, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=2e-4)
+
+
 def test_gradient_under_a_large_mean():
     x = 1e3 + jax.random.normal(jax.random.key(0), (2, 8, 8, 8))
-    dy = jax.random.normal(jax.random.key(1), x.shape)
+    dy, pool = jax.random.normal(jax.random.key(1), x.shape), GroupPool(4, 'strided')
     pulled = [
-        jax.vjp(lambda x: group_norm_swish(x, jnp.ones(8), jnp.zeros(8), 4, 'strided', 1e-3, True), x - offset)[1](dy)[
-            0
-        ]
+        jax.vjp(lambda x: norm_swish(x, jnp.ones(8), jnp.zeros(8), pool, 1e-3, True)[0], x - offset)[1](dy)[0]
         for offset in (0, 1e3)
     ]
     np.testing.assert_allclose(*pulled, atol=2e-3)

@@ -1,5 +1,6 @@
 """Runs a benchmark and prints what it found, as text or as JSON.
 
+python -m experiments.benchmark train_step --model=b0 --group_size=1 --norm=batch --image_size=224 --against=timm
 python -m experiments.benchmark pipeline --rounds=10
 python -m experiments.benchmark memory --model=b0 --image_size=128 --json
 """
@@ -9,10 +10,10 @@ import json
 import sys
 
 from efficientnet.errors import ConfigError, RunError
-from experiments.benchmark import memory, pipeline
+from experiments.benchmark import memory, pipeline, train_step
 from input_pipeline.errors import DataError
 
-BENCHMARKS = {'pipeline': pipeline, 'memory': memory}
+BENCHMARKS = {'train_step': train_step, 'pipeline': pipeline, 'memory': memory}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

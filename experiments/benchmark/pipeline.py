@@ -22,18 +22,15 @@ some 2 ms a tick, so ticks should take much longer than that. The first run comp
 """
 
 import argparse
-import multiprocessing
-import os
 import socket
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
-from efficientnet.errors import ConfigError, RunError
+from efficientnet.errors import ConfigError
 from efficientnet.pipeline import NONE, Timetable, timetable
 from experiments.benchmark.setup import (
     add_model_flags,
@@ -45,6 +42,7 @@ from experiments.benchmark.setup import (
     start_jax,
     table,
 )
+from experiments.benchmark.workers import Jobs, Worker
 
 if TYPE_CHECKING:
     from efficientnet.assemble import Parts
@@ -52,7 +50,6 @@ if TYPE_CHECKING:
 UPDATES = ('pipeline', 'one_stage', 'plain')
 TARGETS = {'pipeline': 1.15, 'one_stage': 1.02}  # measured ÷ ideal; one stage ÷ plain step
 IDLE = 0.95  # of a core; below, something else ran on the machine
-Jobs = dict[str, Callable[[], None]]
 
 
 class Work(NamedTuple):
@@ -129,65 +126,9 @@ def measure(workers: Sequence['Worker'], name: str) -> Sample:
     return Sample(max(walls), sum(cores))
 
 
-class Worker:
-    """A process with one device of one thread that builds jobs and times them when asked.
-
-    Args:
-        build: Maps what is given to jobs and what is to be known of them.
-        *given: The flags first.
-    """
-
-    def __init__(self, build: Callable[..., tuple[Jobs, dict]], *given: Any) -> None:
-        context = multiprocessing.get_context('spawn')  # a fork would inherit a JAX that has started
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, build, given), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def send(self, name: str) -> None:
-        """Starts a job."""
-        self._pipe.send(name)
-
-    def answer(self) -> Any:
-        """Waits: at first for the jobs and returns what `build` said of them, then for (wall, processor) seconds.
-
-        Raises:
-            ConfigError: The flags cannot work.
-            RunError: The process is gone.
-        """
-        try:
-            kind, value = self._pipe.recv()
-        except EOFError:
-            raise RunError('a measuring process died; what it said is above') from None
-        if kind == 'error':
-            raise ConfigError(value)
-        return value
-
-    def stop(self) -> None:
-        """Ends the process, whatever it is doing."""
-        self._process.kill()  # JAX takes a polite signal for a warning that the machine goes away
-        self._process.join()
-
-
-def _serve(pipe: Any, build: Callable, given: Sequence[Any]) -> None:
-    """What a worker's process does."""
-    os.dup2(2, 1)  # stdout is for the result, and libraries talk there
-    start_jax(1, threads=False)
-    try:
-        jobs, found = build(*given)
-    except ConfigError as error:
-        pipe.send(('error', str(error)))
-        return
-    pipe.send(('ready', found | {'jobs': list(jobs)}))
-    while True:
-        job = jobs[pipe.recv()]
-        wall, core = time.perf_counter(), time.process_time()
-        job()
-        pipe.send(('done', (time.perf_counter() - wall, time.process_time() - core)))
-
-
 def build_stage(args: Mapping[str, Any], meeting: str, stage: int) -> tuple[Jobs, dict[str, Any]]:
     """The pipelined update, of which this process runs one stage."""
+    start_jax(1, threads=False)
     import jax
 
     jax.distributed.initialize(meeting, num_processes=args['stages'], process_id=stage)
@@ -196,6 +137,7 @@ def build_stage(args: Mapping[str, Any], meeting: str, stage: int) -> tuple[Jobs
 
 def build_single(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
     """What runs on one device: the update in one stage, the plain step, the stages' parts and the optimizer."""
+    start_jax(1, threads=False)
     import jax
 
     from efficientnet.assemble import assemble

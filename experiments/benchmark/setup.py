@@ -15,6 +15,7 @@ import numpy as np
 
 from configs import base
 from efficientnet.errors import ConfigError
+from efficientnet.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from efficientnet.assemble import Parts
@@ -80,11 +81,13 @@ def make_config(
     return config
 
 
-def start_jax(devices: int, *, threads: bool = True) -> None:
-    """Sets JAX up for virtual CPU devices; has to come before anything is computed.
+def start_jax(devices: int, *, threads: bool = True, platform: str = 'cpu', cache: str = '') -> None:
+    """Sets JAX up; has to come before anything is computed.
 
     Args:
-        devices: How many.
+        devices: How many virtual CPU devices.
+        platform: 'cpu', or 'gpu' for one that is there.
+        cache: Folder of compiled programs; '' is the one that training uses.
         threads: Whether they may use several threads, which they share; otherwise there has to be one device.
     """
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
@@ -92,13 +95,16 @@ def start_jax(devices: int, *, threads: bool = True) -> None:
         # The first alone has no effect in JAX 0.10; the second sizes the pool, which has a thread a device at least.
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_multi_thread_eigen=false'.strip()
         os.environ['NPROC'] = '1'
+    keep_freed_memory()
     import jax
 
-    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda,cpu'}[platform])
     jax.config.update('jax_num_cpu_devices', devices)
-    if not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'efficientnet-jax' / 'xla'
-        jax.config.update('jax_compilation_cache_dir', str(cache))
+    if cache:
+        jax.config.update('jax_compilation_cache_dir', cache)
+    elif not jax.config.jax_compilation_cache_dir:
+        folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'efficientnet-jax' / 'xla'
+        jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
