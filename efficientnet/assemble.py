@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 
 import input_pipeline
@@ -42,12 +44,17 @@ class Parts:
     grid: Grid
     model: EfficientNet
     packings: Packings
-    optimizer: optax.GradientTransformation
+    make_optimizer: Callable[[int | jax.Array], optax.GradientTransformation]  # for a seed
     rule: UpdateRule
     total_steps: int
     evaluate_every: int  # steps; 0 = only at the end
     checkpoint_every: int
     log_every: int
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of this run's seed."""
+        return self.make_optimizer(self.config.seed)
 
     def init_variables(self) -> Tree:
         """Draws the initial weights: plain {'params': …, 'batch_stats': …}, fp32, from the seed alone."""
@@ -65,13 +72,13 @@ class Parts:
         variables = self.init_variables()
         if start is not None:
             variables = {name: freezing.join(start[name], drawn) for name, drawn in variables.items()}
-        return jax.jit(build)(variables)
+        return jax.jit(build)(variables, np.uint32(self.config.seed))
 
     def state_shapes(self) -> TrainState:
         """Returns the shapes and dtypes of the packed state of all stages without computing it."""
         shapes = {name: packing.unpacked_shapes() for name, packing in self.packings._asdict().items()}
         build = functools.partial(init_state, optimizer=self.optimizer, packings=self.packings, rule=self.rule)
-        return jax.eval_shape(build, shapes)
+        return jax.eval_shape(build, shapes, np.uint32(self.config.seed))
 
     def train_batches(self, position: int) -> Any:
         """Yields host batches from a position in the endless stream of training examples."""
@@ -133,7 +140,7 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
         )
     steps_of = functools.partial(steps_of, total_steps=total_steps)
     schedule = _make_schedule(fields, steps_of, total_steps)
-    optimizer = _make_optimizer(fields, schedule, policy, packings)
+    make_optimizer = _optimizer_maker(fields, schedule, policy, packings)
     rule = UpdateRule(
         policy=policy,
         loss_scale=LossScale(fields.precision.loss_scale, fields.precision.initial_loss_scale),
@@ -159,7 +166,7 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
         grid=Grid(layout),
         model=model,
         packings=packings,
-        optimizer=optimizer,
+        make_optimizer=make_optimizer,
         rule=rule,
         total_steps=total_steps,
         evaluate_every=steps_of('evaluation.every', fields.evaluation.every),
@@ -302,9 +309,9 @@ def _make_schedule(fields: Fields, steps_of: Any, total_steps: int) -> optax.Sch
     )
 
 
-def _make_optimizer(
+def _optimizer_maker(
     fields: Fields, schedule: optax.Schedule, policy: Any, packings: Packings
-) -> optax.GradientTransformation:
+) -> Callable[[int | jax.Array], optax.GradientTransformation]:
     o = fields.optimizer
     options: dict[str, Any] = {
         'lars': lambda: {
@@ -315,17 +322,23 @@ def _make_optimizer(
         'rmsprop': lambda: {'decay': o.rms_decay, 'eps': o.epsilon},
         'sgd': lambda: {'nesterov': o.nesterov},
     }
-    return make_optimizer(
+    build = functools.partial(
+        make_optimizer,
         o.name,
         learning_rate=schedule,
         policy=policy,
         rounding=fields.precision.rounding,
-        key=random_keys.purpose_key(fields.seed, 'rounding'),
         packing=packings.params,
         momentum=o.momentum,
         weight_decay=o.weight_decay,
         **options.get(o.name, dict)(),
     )
+
+    def of_seed(seed: int | jax.Array) -> optax.GradientTransformation:
+        return build(key=random_keys.purpose_key(seed, 'rounding'))
+
+    of_seed(fields.seed)  # what is wrong with its options shows here
+    return of_seed
 
 
 def _smoothing_over(fields: Fields) -> str:

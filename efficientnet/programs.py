@@ -65,8 +65,12 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree |
 def compile_update(parts: Parts) -> Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Tree]]:
     """Compiles the weight update."""
     layout = parts.grid.layout
-    key = random_keys.purpose_key(parts.config.seed, 'samples')
-    update = make_update(parts.model, parts.optimizer, parts.packings, layout, parts.rule, key)
+
+    def update(state: TrainState, batch: Tree, stop: jax.Array) -> tuple[TrainState, Tree]:
+        # The seed of the state, not of the config: runs that differ in nothing else share a cached program.
+        optimizer, key = parts.make_optimizer(state.seed), random_keys.purpose_key(state.seed, 'samples')
+        return make_update(parts.model, optimizer, parts.packings, layout, parts.rule, key)(state, batch, stop)
+
     state, batch = _on_device(parts.state_shapes()), _batch(parts, -(-layout.rows // layout.stages))
     return parts.grid.compile(update, state, batch, FLAG, donate_argnums=0, out_axes=(0, None))
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 
-def purpose_key(seed: int, purpose: str) -> jax.Array:
-    """Returns the typed key of one purpose of a run: 'weights', 'samples' or 'rounding'."""
+def purpose_key(seed: int | jax.Array, purpose: str) -> jax.Array:
+    """Returns the typed key of one purpose of a run: 'weights', 'samples' or 'rounding'; an array is [] uint32."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 

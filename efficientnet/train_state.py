@@ -24,6 +24,7 @@ Tree = Any
 class TrainState(NamedTuple):
     """All that a weight update reads and writes. On the grid trees are packed; a checkpoint has them plain."""
 
+    seed: jax.Array  # [] uint32, of the run; it is not in the program, which therefore fits any seed
     step: jax.Array  # [] int32, updates applied; a skipped one does not count
     params: Tree  # in the master dtype
     batch_stats: Tree  # fp32; empty without batch norm
@@ -55,12 +56,13 @@ class UpdateRule:
 
 
 def init_state(
-    variables: Tree, optimizer: optax.GradientTransformation, packings: Packings, rule: UpdateRule
+    variables: Tree, seed: jax.Array, optimizer: optax.GradientTransformation, packings: Packings, rule: UpdateRule
 ) -> TrainState:
     """Builds the packed state of all stages before the first update.
 
     Args:
         variables: {'params': …, 'batch_stats': … if there is batch norm}, plain, fp32.
+        seed: Of the run, [] uint32.
         optimizer: As given to `make_update`.
         packings: Of the variables.
         rule: As given to `make_update`.
@@ -70,6 +72,7 @@ def init_state(
         averaged = {'params': params.astype(rule.policy.average), 'batch_stats': batch_stats}
         zero = jnp.zeros((), jnp.int32)
         return TrainState(
+            seed=seed,
             step=zero,
             params=params,
             batch_stats=batch_stats,
@@ -120,6 +123,7 @@ def pack_state(state: TrainState, like: TrainState, packings: Packings) -> Train
         return {name: getattr(packings, name).pack(tree[name], rows[name].dtype) for name in rows}
 
     return TrainState(
+        seed=packed(like.seed, state.seed),
         step=packed(like.step, state.step),
         params=packed(like.params, state.params),
         batch_stats=packings.batch_stats.pack(state.batch_stats, like.batch_stats.dtype),

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from efficientnet.random_keys import purpose_key, sample_keys
 
@@ -21,3 +22,10 @@ def test_a_sample_keeps_its_key_whoever_computes_it():
     whole = jax.random.key_data(sample_keys(key, jnp.int32(5), jnp.arange(8)))
     part = jax.random.key_data(sample_keys(key, jnp.int32(5), jnp.arange(4, 8)))
     np.testing.assert_array_equal(whole[4:], part)
+
+
+@pytest.mark.parametrize('seed', [0, 7, 2**31, 2**32 - 1])
+def test_a_seed_may_be_known_at_run_time_only(seed):
+    key = jax.random.key_data(purpose_key(seed, 'rounding'))
+    found = jax.jit(lambda number: jax.random.key_data(purpose_key(number, 'rounding')))(np.uint32(seed))
+    np.testing.assert_array_equal(found, key)
