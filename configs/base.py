@@ -20,12 +20,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_weights = 'auto'  # of it: 'raw', 'averaged' (over epochs), 'update_average'; 'auto' = an average if any
 
     # What is trained on.
-    config.dataset = 'digits'  # 'digits' (embedded), 'folder', or any TFDS name: 'cifar10', 'imagenet2012', …
+    config.dataset = 'digits'  # 'digits' (embedded), 'folder', 'imagenet_tfrecords', or any TFDS name: 'cifar10', …
     config.image_size = 224  # pixels a side, after cropping and resizing
     config.input = ml_collections.ConfigDict()
-    config.input.dir = ''  # TFDS folder ('' = ~/tensorflow_datasets), or the folder with <split>/<class>/<image>
+    config.input.dir = ''  # TFDS folder ('' = ~/tensorflow_datasets), or that of the images or TFRecord shards
     config.input.train_split = 'train'  # TFDS split syntax works: 'train[:90%]'
     config.input.test_split = 'test'
+    config.input.test_dataset = ''  # tested on in place of `dataset`: 'imagenet_v2'; it must have the same classes
+    config.input.test_dir = ''  # where that lies, as `dir`; for test_dataset only
+    config.input.resize = 'bilinear'  # of photographs: 'bilinear', 'bicubic' or 'area' (antialiased)
+    config.input.cache = 0.0  # GiB of encoded training images that a process keeps in memory, the first it reads
     config.input.prefetch = 3  # batches fetched ahead, on the host and again on the device
     config.input.damaged_limit = 100  # damaged images that are named and skipped before the run stops
 
@@ -89,6 +93,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.augment = ml_collections.ConfigDict()
     config.augment.crop = 'distorted'  # 'distorted' (Inception's, for photographs), 'pad' (small images), 'none'
+    config.augment.crop_covered = 0.1  # 'distorted': least part of an annotated box, or else of the image, kept
+    config.augment.crop_aspect = (0.75, 1.33)  # 'distorted': least and greatest width ÷ height
+    config.augment.crop_area = (0.05, 1.0)  # 'distorted': least and greatest part of the image's area
     config.augment.pad = 4  # pixels each side under 'pad'
     config.augment.flip = True  # left-right, half the time
     config.augment.mean = (123.68, 116.78, 103.94)  # RGB, subtracted on the device
@@ -110,6 +117,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluation = ml_collections.ConfigDict()
     config.evaluation.every = '1 epochs'
     config.evaluation.batch = 100  # examples a device
+    config.evaluation.crop_ratio = 0.875  # of photographs: short side to floor(image_size / this), central square
 
     config.log_every = '20 steps'  # between two progress lines and rows of metrics.csv
 

@@ -50,6 +50,8 @@ class Parts:
     evaluate_every: int  # steps; 0 = only at the end
     checkpoint_every: int
     log_every: int
+    damaged_train: dict[int, str] = dataclasses.field(default_factory=dict)  # what this process has met, by index
+    damaged_test: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -93,10 +95,16 @@ class Parts:
             process_index=jax.process_index(),
             process_count=self.grid.layout.processes,
             crop=c.augment.crop,
+            crop_covered=c.augment.crop_covered,
+            crop_aspect=c.augment.crop_aspect,
+            crop_area=c.augment.crop_area,
             pad=c.augment.pad if c.augment.crop == 'pad' else 0,
             flip=c.augment.flip,
+            resize=c.input.resize,
+            crop_ratio=c.evaluation.crop_ratio,
             prefetch=c.input.prefetch,
             damaged_limit=c.input.damaged_limit,
+            damaged=self.damaged_train,
         )
 
     def evaluation_batches(self) -> Any:
@@ -108,7 +116,10 @@ class Parts:
             batch=c.evaluation.batch * len(self.grid.devices),
             process_index=jax.process_index(),
             process_count=self.grid.layout.processes,
+            resize=c.input.resize,
+            crop_ratio=c.evaluation.crop_ratio,
             damaged_limit=c.input.damaged_limit,
+            damaged=self.damaged_test,
         )
 
 
@@ -255,11 +266,23 @@ def _make_layout(fields: Fields, model: EfficientNet, policy: Policy) -> Layout:
 
 
 def _open_sources(fields: Fields) -> tuple[input_pipeline.Source, input_pipeline.Source]:
-    train_split, data_dir = fields.input.train_split, fields.input.dir or None
-    return tuple(
-        input_pipeline.open_source(fields.dataset, split, data_dir, train_split=train_split)
-        for split in (train_split, fields.input.test_split)
+    given = fields.input
+    train = input_pipeline.open_source(
+        fields.dataset, given.train_split, given.dir or None, train_split=given.train_split
     )
+    other = given.test_dataset
+    test_dir = given.test_dir if other else given.dir
+    test = input_pipeline.open_source(
+        other or fields.dataset, given.test_split, test_dir or None, train_split=given.train_split
+    )
+    if test.classes != train.classes:
+        raise ConfigError(
+            f'input.test_dataset={other!r} has other classes than dataset={fields.dataset!r}: {len(test.classes)} '
+            f'({", ".join(test.classes[:3])} …), not {len(train.classes)} ({", ".join(train.classes[:3])} …)'
+        )
+    if train.image_shape is None and given.cache:  # images in memory need none: then nothing reads the field
+        train = input_pipeline.CachedSource(train, int(given.cache * 2**30))
+    return train, test
 
 
 def _make_model(fields: Fields, classes: int, compute: Any) -> EfficientNet:
@@ -365,8 +388,12 @@ def _check_input(fields: Fields, parts: Parts) -> None:
     parts.train_batches(0)
     parts.evaluation_batches()
     # Read by the pipelines through `Parts`.
-    fields.input.damaged_limit, fields.augment.crop, fields.augment.flip  # noqa: B018
+    fields.input.damaged_limit, fields.augment.crop, fields.augment.flip, fields.input.resize  # noqa: B018
     if fields.init_from:  # read where a run starts
         fields.init_weights  # noqa: B018
     if fields.augment.crop == 'pad':
         fields.augment.pad  # noqa: B018
+    if fields.augment.crop == 'distorted':
+        fields.augment.crop_covered, fields.augment.crop_aspect, fields.augment.crop_area  # noqa: B018
+    if None in (parts.train_source.image_shape, parts.test_source.image_shape):
+        fields.evaluation.crop_ratio  # noqa: B018

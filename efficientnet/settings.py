@@ -28,7 +28,9 @@ RESUMABLE = (
     'recompute',
     'log_every',
     'input.dir',
+    'input.test_dir',
     'input.prefetch',
+    'input.cache',
     'input.damaged_limit',
     'checkpoint.every',
     'checkpoint.keep',
@@ -38,7 +40,7 @@ RESUMABLE = (
     'model.conv_method',
 )
 
-OF_A_HOST = ('input.dir', 'input.prefetch')  # may differ from process to process
+OF_A_HOST = ('input.dir', 'input.test_dir', 'input.prefetch', 'input.cache')  # may differ from process to process
 
 
 def flatten(config: ml_collections.ConfigDict | dict, prefix: str = '') -> dict[str, Any]:

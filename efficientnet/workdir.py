@@ -81,8 +81,9 @@ def stored_config(workdir: pathlib.Path, given: ml_collections.ConfigDict | None
     if given is None:
         return stored.lock()
     before = flatten(stored)
-    # Nothing is trained, so what training computes at once does not matter.
-    now = flatten(given) | {name: before[name] for name in ('micro_batch', 'replicas') if name in before}
+    # Nothing is trained, so what training computes at once does not matter; and a run may be tested on other images.
+    free = 'micro_batch', 'replicas', 'input.test_dataset', 'input.test_split', 'evaluation.crop_ratio'
+    now = flatten(given) | {name: before[name] for name in free if name in before}
     check_resumable(before, now, str(workdir))
     return given.copy_and_resolve_references().lock()
 

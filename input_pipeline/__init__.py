@@ -1,10 +1,10 @@
-"""From a TFDS data set or an image folder to uint8 batches, sharded by process and exactly resumable.
+"""From TFDS, ImageNet's own shards or image folders to uint8 batches, sharded by process and exactly resumable.
 
 Knows nothing of the model or of devices.
 """
 
 from input_pipeline.batches import evaluation_batches, train_batches
 from input_pipeline.errors import DataError
-from input_pipeline.sources import Source, open_source
+from input_pipeline.sources import CachedSource, Source, open_source
 
-__all__ = ['DataError', 'Source', 'evaluation_batches', 'open_source', 'train_batches']
+__all__ = ['CachedSource', 'DataError', 'Source', 'evaluation_batches', 'open_source', 'train_batches']

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 
 from input_pipeline.errors import DataError
+from input_pipeline.sources import WHOLE_IMAGE, Examples
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif')
 
@@ -27,11 +28,11 @@ class FolderSource:
         """Number of examples."""
         return len(self.paths)
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices: np.ndarray) -> Examples:
         """Bytes of the files, empty where one cannot be read, and their labels."""
         images = np.empty(len(indices), object)
         images[:] = [_bytes_or_nothing(self.paths[index]) for index in indices]
-        return images, self.labels[indices]
+        return Examples(images, self.labels[indices], [WHOLE_IMAGE] * len(indices))
 
     def locate(self, index: int) -> str:
         """Path of the image."""

@@ -1,14 +1,40 @@
 """Image operations as TensorFlow graphs: uint8 in, uint8 out, every random draw from the example's own seeds.
 
-A bilinear resize computes in fp32 and is rounded to the nearest level (half to even); there is no
-antialiasing, as in the reference pipeline. Casting and normalising belong to the device, which thus receives
-a quarter of the bytes.
+A resize computes in fp32 and is rounded to the nearest level (half to even). The bilinear one has no antialiasing,
+as in the reference pipeline. Casting and normalising belong to the device, which thus receives a quarter of the
+bytes.
+
+An orientation in a photograph's EXIF data is ignored, as TensorFlow and the reference ignore it: the pixels count
+as they are stored.
 
 An example's two uint32 seeds are used as follows: the lowest bit of the first is the flip, the upper 31 bits
 of each are the vertical and horizontal offset of a padded crop, and the pair seeds a distorted crop.
 """
 
+import dataclasses
+
 from input_pipeline.quiet_tf import tf
+
+_KERNELS = {  # by the name of a method: kernel, and whether it is widened by the factor of shrinking
+    'bilinear': ('triangle', False),
+    'bicubic': ('keyscubic', False),
+    'area': ('box', True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CropRule:
+    """Which boxes a distorted crop may cut out.
+
+    Attributes:
+        covered: the least part of some annotated box that lies inside, 0 … 1; without boxes, of the image.
+        aspect: least and greatest width ÷ height.
+        area: least and greatest part of the image's area.
+    """
+
+    covered: float = 0.1
+    aspect: tuple[float, float] = (0.75, 1.33)
+    area: tuple[float, float] = (0.05, 1.0)
 
 
 def decode(contents: tf.Tensor) -> tf.Tensor:
@@ -28,17 +54,38 @@ def decode(contents: tf.Tensor) -> tf.Tensor:
 
 
 def to_uint8(image: tf.Tensor) -> tf.Tensor:
-    """Rounds fp32 levels within 0 … 255 to uint8."""
-    return tf.cast(tf.round(image), tf.uint8)
+    """Rounds fp32 levels to the nearest of 0 … 255; a cubic kernel overshoots at edges."""
+    return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
 
-def resize(images: tf.Tensor, size: int) -> tf.Tensor:
-    """Bilinear resize of uint8 [..., H, W, 3] to uint8 [..., size, size, 3], whatever the aspect ratio."""
-    return to_uint8(tf.image.resize(images, (size, size)))
+def resize(images: tf.Tensor, size: int, method: str = 'bilinear') -> tf.Tensor:
+    """Resizes uint8 [..., H, W, 3] to uint8 [..., size, size, 3], whatever the aspect ratio.
+
+    'bilinear' and 'bicubic' interpolate between the nearest 2 × 2 and 4 × 4 pixels; 'area' averages over all pixels
+    that fall together, which is antialiased. Pixels have their centres at half integers.
+    """
+    if method == 'bilinear':  # three times as fast as `scale`, with the same result
+        return tf.cast(tf.round(tf.image.resize(images, (size, size))), tf.uint8)
+    shape = tf.shape(images)
+    view = scale(tf.reshape(images, tf.concat([[-1], shape[-3:]], 0)), size, size / shape[-3:-1], (0.0, 0.0), method)
+    return to_uint8(tf.reshape(view, tf.concat([shape[:-3], tf.shape(view)[1:]], 0)))
 
 
-def central_view(image: tf.Tensor, size: int) -> tf.Tensor:
-    """What evaluation sees of a photograph: short side to ⌊size·256/224⌋, then the central square.
+def scale(images: tf.Tensor, size: int, factors: tf.Tensor, shift: tf.Tensor, method: str) -> tf.Tensor:
+    """Resizes [N, H, W, 3] by two factors, shifts by pixels of the result, and cuts fp32 [N, size, size, 3] out."""
+    kernel, antialias = _KERNELS[method]
+    return tf.raw_ops.ScaleAndTranslate(
+        images=images,
+        size=(size, size),
+        scale=tf.cast(factors, tf.float32),
+        translation=shift,
+        kernel_type=kernel,
+        antialias=antialias,
+    )
+
+
+def central_view(image: tf.Tensor, size: int, ratio: float = 224 / 256, method: str = 'bilinear') -> tf.Tensor:
+    """What evaluation sees of a photograph: short side to ⌊size ÷ ratio⌋, then the central square.
 
     Only the square is computed, so a very long picture costs no more than another. An image that is
     size × size already is left alone: a folder of small pictures keeps its borders and its pixels.
@@ -46,60 +93,63 @@ def central_view(image: tf.Tensor, size: int) -> tf.Tensor:
     Args:
         image: uint8 [H, W, 3].
         size: side of the result in pixels.
+        ratio: side of the square ÷ short side, at most 1.
+        method: of `resize`.
 
     Returns:
         uint8 [size, size, 3].
     """
     shape = tf.cast(tf.shape(image)[:2], tf.float32)
-    resized = tf.round(shape * (size * 256 // 224) / tf.reduce_min(shape))
-    view = tf.raw_ops.ScaleAndTranslate(
-        images=image[None],
-        size=(size, size),
-        scale=resized / shape,
-        translation=-tf.floor((resized - size) / 2),
-        kernel_type='triangle',
-        antialias=False,
-    )[0]
+    resized = tf.round(shape * int(size / ratio) / tf.reduce_min(shape))
+    view = scale(image[None], size, resized / shape, -tf.floor((resized - size) / 2), method)[0]
     chosen = tf.cond(tf.reduce_all(shape == size), lambda: image, lambda: to_uint8(view))
     return tf.ensure_shape(chosen, (size, size, 3))
 
 
-def distorted_box(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """The Inception crop: 5-100 % of the area, aspect ratio 3:4 to 4:3, a tenth of the image or more.
+def distorted_box(shape: tf.Tensor, seed: tf.Tensor, rule: CropRule, boxes: tf.Tensor) -> tf.Tensor:
+    """Draws the box of an Inception crop.
 
     Args:
         shape: int32 [3], height, width and channels.
         seed: int64 [2].
+        rule: which boxes will do.
+        boxes: float32 [m, 4], annotated ones as top, left, bottom, right in parts of the sides; m ≥ 1.
 
     Returns:
         int32 [4]: top, left, height, width; the whole image when 100 attempts found no box.
     """
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape,
-        tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+        boxes[None],
         seed,
-        min_object_covered=0.1,
-        aspect_ratio_range=(0.75, 1.33),
-        area_range=(0.05, 1.0),
+        min_object_covered=rule.covered,
+        aspect_ratio_range=rule.aspect,
+        area_range=rule.area,
         max_attempts=100,
-        use_image_if_no_bounding_boxes=True,
     )
     return tf.concat([begin[:2], extent[:2]], axis=0)
 
 
-def distorted_crop(image: tf.Tensor, seed: tf.Tensor, size: int) -> tf.Tensor:
+def distorted_crop(
+    image: tf.Tensor, seed: tf.Tensor, boxes: tf.Tensor, size: int, rule: CropRule, method: str = 'bilinear'
+) -> tf.Tensor:
     """Cuts a distorted box out of uint8 [H, W, 3] and resizes it to uint8 [size, size, 3]."""
-    top, left, height, width = tf.unstack(distorted_box(tf.shape(image), seed))
-    return resize(image[top : top + height, left : left + width], size)
+    top, left, height, width = tf.unstack(distorted_box(tf.shape(image), seed, rule, boxes))
+    return resize(image[top : top + height, left : left + width], size, method)
 
 
-def decode_distorted_crop(contents: tf.Tensor, seed: tf.Tensor, size: int) -> tf.Tensor:
+def decode_distorted_crop(
+    contents: tf.Tensor, seed: tf.Tensor, boxes: tf.Tensor, size: int, rule: CropRule, method: str = 'bilinear'
+) -> tf.Tensor:
     """`distorted_crop` of an encoded image; of a JPEG only the box is decoded, which is most of the time.
 
     Args:
         contents: string scalar, the bytes of the file.
         seed: int64 [2].
+        boxes: float32 [m, 4], as in `distorted_box`.
         size: side of the result in pixels.
+        rule: which boxes will do.
+        method: of `resize`.
 
     Returns:
         uint8 [size, size, 3].
@@ -109,11 +159,14 @@ def decode_distorted_crop(contents: tf.Tensor, seed: tf.Tensor, size: int) -> tf
     """
 
     def jpeg() -> tf.Tensor:
-        box = distorted_box(tf.io.extract_jpeg_shape(contents), seed)
+        box = distorted_box(tf.io.extract_jpeg_shape(contents), seed, rule, boxes)
         crop = tf.io.decode_and_crop_jpeg(contents, box, channels=3)
-        return resize(crop, size)
+        return resize(crop, size, method)
 
-    return tf.cond(tf.io.is_jpeg(contents), jpeg, lambda: distorted_crop(decode(contents), seed, size))
+    def other() -> tf.Tensor:
+        return distorted_crop(decode(contents), seed, boxes, size, rule, method)
+
+    return tf.cond(tf.io.is_jpeg(contents), jpeg, other)
 
 
 def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:

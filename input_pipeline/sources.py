@@ -6,12 +6,31 @@ either holds all its images in memory, of one shape, or reads them encoded.
 
 import dataclasses
 import pathlib
+import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from input_pipeline.errors import DataError
+
+WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)  # the box of an image that nobody has annotated
+WHOLE_IMAGE.flags.writeable = False
+
+
+class Examples(NamedTuple):
+    """What `Source.read` gives for k indices.
+
+    Attributes:
+        images: uint8 [k, H, W, 3], or an object array [k] of bytes, empty where they cannot be read.
+        labels: int32 [k].
+        boxes: k arrays float32 [m, 4], m ≥ 1: top, left, bottom, right of what the image shows, in parts of its
+            sides; `WHOLE_IMAGE` where nothing is annotated.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    boxes: Sequence[np.ndarray]
 
 
 class Source(Protocol):
@@ -33,16 +52,8 @@ class Source(Protocol):
     @property
     def image_shape(self) -> tuple[int, int, int] | None: ...  # noqa: D102
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Reads examples.
-
-        Args:
-            indices: int64 [k], each of 0 … num_examples − 1.
-
-        Returns:
-            Images, uint8 [k, H, W, 3] or an object array [k] of bytes, empty where they cannot be read; and
-            labels, int32 [k].
-        """
+    def read(self, indices: np.ndarray) -> Examples:
+        """Reads the examples int64 [k], each of 0 … num_examples − 1."""
 
     def locate(self, index: int) -> str:
         """Where a person finds the example: a path, or a file and the number of a record."""
@@ -70,13 +81,61 @@ class ArraySource:
         """Height, width and 3."""
         return self.images.shape[1:]
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels of the given examples."""
-        return self.images[indices], self.labels[indices]
+    def read(self, indices: np.ndarray) -> Examples:
+        """The given examples."""
+        return Examples(self.images[indices], self.labels[indices], [WHOLE_IMAGE] * len(indices))
 
     def locate(self, index: int) -> str:
         """The example's number is all there is."""
         return f'{self.name} example {index}'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CachedSource:
+    """A source of encoded images that keeps what it has read in memory, up to a limit, for the passes to come.
+
+    Every pass comes in another order, in which every example is as likely to be next as any other. So nothing is
+    ever thrown out for something else: the first that fit stay. What could not be read is tried again.
+
+    Attributes:
+        source: that is read.
+        limit: bytes of encoded images to keep, in this process.
+        kept: the examples kept, by index: bytes, label and boxes.
+    """
+
+    source: Source
+    limit: int
+    kept: dict[int, tuple[bytes, np.int32, np.ndarray]] = dataclasses.field(default_factory=dict)
+    _used: list[int] = dataclasses.field(default_factory=lambda: [0])  # one number, which changes
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def __post_init__(self):
+        if self.limit < 0:
+            raise DataError(f'input.cache = {self.limit / 2**30:g} must be at least 0 GiB')
+
+    def __getattr__(self, name: str) -> object:
+        """Everything but reading is the source's: name, classes, num_examples, image_shape, locate."""
+        return getattr(self.source, name)
+
+    def read(self, indices: np.ndarray) -> Examples:
+        """The given examples, from memory where they are there."""
+        missing = [index for index in indices.tolist() if index not in self.kept]
+        found = dict(zip(missing, zip(*self.source.read(np.array(missing, np.int64)), strict=True), strict=True))
+        for index, example in found.items():
+            self._keep(index, example)
+        images, labels = np.empty(len(indices), object), np.empty(len(indices), np.int32)
+        boxes = []
+        for row, index in enumerate(indices.tolist()):
+            images[row], labels[row], box = found[index] if index in found else self.kept[index]
+            boxes.append(box)
+        return Examples(images, labels, boxes)
+
+    def _keep(self, index: int, example: tuple[bytes, np.int32, np.ndarray]) -> None:
+        with self._lock:
+            size = len(example[0])
+            if size and index not in self.kept and self._used[0] + size <= self.limit:
+                self.kept[index] = example
+                self._used[0] += size
 
 
 def check_labels(source: Source, indices: Sequence[int] | np.ndarray, labels: np.ndarray) -> None:
@@ -102,8 +161,9 @@ def open_source(name: str, split: str, data_dir: str | None = None, *, train_spl
     """Opens a split of a data set.
 
     Args:
-        name: 'digits' (scikit-learn's scans, no download), 'folder' (data_dir/<split>/<class>/<image>) or the
-            name of a TFDS data set, with its config if need be: 'name/config'.
+        name: 'digits' (scikit-learn's scans, no download), 'folder' (data_dir/<split>/<class>/<image>),
+            'imagenet_tfrecords' (data_dir/<split>-00000-of-01024) or the name of a TFDS data set, with its config
+            if need be: 'name/config'.
         split: name of the split; TFDS understands 'train[:90%]' and the like.
         data_dir: where the images or the prepared TFDS data lie; None: TFDS' own default.
         train_split: the run's training split. Its folders define the classes of 'folder', and errors about
@@ -126,6 +186,12 @@ def open_source(name: str, split: str, data_dir: str | None = None, *, train_spl
         if data_dir is None:
             raise DataError("input.dir = None must name a folder when dataset is 'folder'")
         source = kind.open_folder(pathlib.Path(data_dir).expanduser(), split, train_split, field)
+    elif name == 'imagenet_tfrecords':
+        from input_pipeline import imagenet as kind
+
+        if data_dir is None:
+            raise DataError("input.dir = None must name a folder when dataset is 'imagenet_tfrecords'")
+        source = kind.open_shards(pathlib.Path(data_dir).expanduser(), split, field)
     else:
         from input_pipeline import tfds_source as kind
 

@@ -6,6 +6,8 @@ import pytest
 from input_pipeline import images
 from input_pipeline.quiet_tf import tf
 
+WHOLE, RULE = tf.constant([[0.0, 0.0, 1.0, 1.0]]), images.CropRule()
+
 
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -69,7 +71,7 @@ def test_central_view_leaves_an_image_of_the_right_size_alone():
 def test_extreme_shapes_give_an_image(shape):
     image = np.full((*shape, 3), 77, np.uint8)
     np.testing.assert_array_equal(images.central_view(tf.constant(image), 16), np.full((16, 16, 3), 77))
-    crop = images.distorted_crop(tf.constant(image), tf.constant([1, 2], tf.int64), 16)
+    crop = images.distorted_crop(tf.constant(image), tf.constant([1, 2], tf.int64), WHOLE, 16, RULE)
     np.testing.assert_array_equal(crop, np.full((16, 16, 3), 77))
 
 
@@ -80,7 +82,10 @@ def test_resize_rounds_to_the_nearest_level():
 
 def test_distorted_boxes_keep_to_area_and_aspect():
     boxes = np.array(
-        [images.distorted_box(tf.constant([100, 160, 3]), tf.constant([i, 5], tf.int64)) for i in range(300)]
+        [
+            images.distorted_box(tf.constant([100, 160, 3]), tf.constant([i, 5], tf.int64), RULE, WHOLE)
+            for i in range(300)
+        ]
     )
     top, left, height, width = boxes.T
     assert (top >= 0).all()
@@ -98,8 +103,8 @@ def test_only_the_box_of_a_jpeg_is_decoded_and_it_is_the_right_one():
     encoded = tf.io.encode_jpeg(tf.constant(smooth.astype(np.uint8)), quality=98)
     for i in range(20):
         seed = tf.constant([i, i], tf.int64)
-        fused = images.decode_distorted_crop(encoded, seed, 24).numpy().astype(int)
-        plain = images.distorted_crop(images.decode(encoded), seed, 24).numpy().astype(int)
+        fused = images.decode_distorted_crop(encoded, seed, WHOLE, 24, RULE).numpy().astype(int)
+        plain = images.distorted_crop(images.decode(encoded), seed, WHOLE, 24, RULE).numpy().astype(int)
         assert np.abs(fused - plain).max() <= 8  # chroma is upsampled without what lies beyond the box
 
 

@@ -56,7 +56,7 @@ def folder(tmp_path):
 def test_a_folder_is_read_in_the_order_of_names(folder):
     source = open_source('folder', 'train', str(folder))
     assert source.classes == ('cat', 'dog')
-    images, labels = source.read(np.arange(3))
+    images, labels, _ = source.read(np.arange(3))
     assert images.tolist() == [b'train/cat/x.jpeg', b'train/dog/a.PNG', b'train/dog/b.jpg']
     assert labels.tolist() == [0, 1, 1]
     assert labels.dtype == np.int32
