@@ -2,6 +2,7 @@
 
 python -m experiments.benchmark train_step --model=b0 --group_size=1 --norm=batch --image_size=224 --against=timm
 python -m experiments.benchmark pipeline --rounds=10
+python -m experiments.benchmark input --photos=DIR
 python -m experiments.benchmark memory --model=b0 --image_size=128 --json
 """
 
@@ -10,10 +11,10 @@ import json
 import sys
 
 from efficientnet.errors import ConfigError, RunError
-from experiments.benchmark import memory, pipeline, train_step
+from experiments.benchmark import host_input, memory, pipeline, train_step
 from input_pipeline.errors import DataError
 
-BENCHMARKS = {'train_step': train_step, 'pipeline': pipeline, 'memory': memory}
+BENCHMARKS = {'train_step': train_step, 'pipeline': pipeline, 'memory': memory, 'input': host_input}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
