@@ -10,7 +10,7 @@ import numpy as np
 
 from input_pipeline import order
 from input_pipeline.errors import DataError
-from input_pipeline.sources import Source, check_labels
+from input_pipeline.sources import UNLABELLED, Source, check_labels
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,8 @@ def evaluation_batches(
         damaged: as in `train_batches`.
 
     Returns:
-        As `train_batches`. The mask is 0 for the padding at the end as well, and 1 exactly once an example.
+        As `train_batches`. The mask is 0 for the padding at the end as well, and for images without a label; it is
+        1 exactly once for every other example.
 
     Raises:
         DataError: at once if the request makes no sense; while iterating, for damage or a wrong label.
@@ -209,5 +210,6 @@ def _checked(
                 f'{source.name}: {len(damaged)} damaged images, more than input.damaged_limit ='
                 f' {damaged_limit}: {", ".join(list(damaged.values())[:5])}'
             )
+        mask = mask * (labels != UNLABELLED)
         check_labels(source, indices[mask > 0], labels[mask > 0])
         yield {'image': batch['image'], 'label': np.where(mask > 0, labels, np.int32(0)), 'mask': mask}

@@ -171,7 +171,7 @@ def decode_distorted_crop(
 
 def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Mirrors uint8 [H, W, 3] left to right if its first seed (int64 [2]) is odd."""
-    return tf.cond(seed[0] % 2 == 1, lambda: tf.reverse(image, axis=[1]), lambda: image)
+    return tf.raw_ops.Reverse(tensor=image, dims=tf.stack([False, seed[0] % 2 == 1, False]))
 
 
 def random_window(images: tf.Tensor, seeds: tf.Tensor, pad: int, flip: bool) -> tf.Tensor:

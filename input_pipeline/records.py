@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from input_pipeline import tfrecords
 from input_pipeline.errors import DataError
 from input_pipeline.quiet_tf import tf
-from input_pipeline.sources import WHOLE_IMAGE, Examples
+from input_pipeline.sources import UNLABELLED, WHOLE_IMAGE, Examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +20,15 @@ class Keys:
         image: the encoded image.
         label: its class, counted from `first_label` on.
         first_label: number of the first class.
+        among: further classes of which the label must be one, if this is given: else the first of them takes its
+            place, and an example with none has no label.
         boxes: top, left, bottom and right of the annotated boxes, in parts of the sides; none if there are none.
     """
 
     image: str = 'image'
     label: str = 'label'
     first_label: int = 0
+    among: str = ''
     boxes: tuple[str, str, str, str] | tuple[()] = ()
 
 
@@ -74,16 +77,25 @@ class RecordSource:
             encoded[row], labels[row], found = self._read_one(index)
             boxes.append(found)
         # A label beyond 32 bits is as wrong as any that is too large: clipped, it is still found to be so.
-        return Examples(encoded, np.clip(labels, -1, 2**31 - 1).astype(np.int32), boxes)
+        clipped = np.where(labels == UNLABELLED, UNLABELLED, np.clip(labels, -1, 2**31 - 1))
+        return Examples(encoded, clipped.astype(np.int32), boxes)
 
     def _read_one(self, index: int) -> tuple[bytes, int, np.ndarray]:
         try:
             record = tfrecords.read_record(self.paths[self.shards[index]], *self.spans[index].tolist())
             feature = tf.train.Example.FromString(record).features.feature
-            label = feature[self.keys.label].int64_list.value[0] - self.keys.first_label
-            return feature[self.keys.image].bytes_list.value[0], label, self._boxes(feature)
+            return feature[self.keys.image].bytes_list.value[0], self._label(feature), self._boxes(feature)
         except (OSError, DecodeError, IndexError):  # unreadable, no Example, or one without such features
             return b'', 0, WHOLE_IMAGE
+
+    def _label(self, feature: dict[str, tf.train.Feature]) -> int:
+        label = feature[self.keys.label].int64_list.value[0] - self.keys.first_label
+        if not self.keys.among:
+            return label
+        others = feature[self.keys.among].int64_list.value
+        if not others:
+            return UNLABELLED
+        return label if label in others else others[0]
 
     def _boxes(self, feature: dict[str, tf.train.Feature]) -> np.ndarray:
         """The annotated boxes, without what sticks out of the image and without those that are empty."""

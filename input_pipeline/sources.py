@@ -16,6 +16,7 @@ from input_pipeline.errors import DataError
 
 WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)  # the box of an image that nobody has annotated
 WHOLE_IMAGE.flags.writeable = False
+UNLABELLED = -(2**31)  # the label of an example that is there but not to be counted
 
 
 class Examples(NamedTuple):
@@ -23,7 +24,7 @@ class Examples(NamedTuple):
 
     Attributes:
         images: uint8 [k, H, W, 3], or an object array [k] of bytes, empty where they cannot be read.
-        labels: int32 [k].
+        labels: int32 [k]; `UNLABELLED` where an example has none.
         boxes: k arrays float32 [m, 4], m ≥ 1: top, left, bottom, right of what the image shows, in parts of its
             sides; `WHOLE_IMAGE` where nothing is annotated.
     """

@@ -19,6 +19,9 @@ from input_pipeline.sources import ArraySource
 
 import tensorflow_datasets as tfds  # isort: skip  # after quiet_tf, which it would import unquietly
 
+# What imagenet2012_real has in place of a label. An image of several classes counts as one of them: the original
+# label if that is among them, else the first. That is stricter than accepting any of them.
+REAL = {'original_label', 'real_label'}
 _MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images
 _DECODE_CHUNK = 512  # images
 
@@ -39,17 +42,19 @@ def open_tfds(name: str, split: str, data_dir: str | None, field: str) -> ArrayS
         DataError: if data set or split are unknown, it cannot be prepared, or holds no labelled uint8 images.
     """
     builder = _prepared_builder(name, data_dir)
-    features = builder.info.features
-    if not {'image', 'label'} <= set(features or ()):
+    features, keys = builder.info.features, Keys()
+    if set(features or ()) >= REAL:
+        keys = Keys(label='original_label', among='real_label')
+    if not {'image', keys.label} <= set(features or ()):
         raise DataError(f"dataset = {name!r} has features {sorted(features or ())}, needs 'image' and 'label'")
-    image, label = features['image'], features['label']
+    image, label = features['image'], features[keys.label]
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
         raise DataError(f"dataset = {name!r}: 'image' must be a uint8 tfds.features.Image, not {image}")
     if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
         raise DataError(f"dataset = {name!r}: 'label' must be a tfds.features.ClassLabel, not {label}")
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
         raise DataError(f'dataset = {name!r} is prepared as {builder.info.file_format}; only tfrecord is read')
-    source = _record_source(builder, f'{name} {split}', tuple(label.names), split, field)
+    source = _record_source(builder, f'{name} {split}', tuple(label.names), keys, split, field)
     height, width = image.shape[:2]
     if height and width and source.num_examples * height * width * 3 <= _MEMORY_LIMIT:
         return _decode_all(source, (height, width, 3))
@@ -83,7 +88,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _record_source(
-    builder: tfds.core.DatasetBuilder, name: str, classes: tuple[str, ...], split: str, field: str
+    builder: tfds.core.DatasetBuilder, name: str, classes: tuple[str, ...], keys: Keys, split: str, field: str
 ) -> RecordSource:
     try:
         instructions = builder.info.splits[split].file_instructions
@@ -91,7 +96,7 @@ def _record_source(
         known = ', '.join(builder.info.splits)
         raise DataError(f'{field} = {split!r} must be one of {known}, or a part such as train[:90%]') from error
     parts = [Part(part.filename, part.skip, part.take, part.examples_in_shard) for part in instructions]
-    return open_records(name, classes, Keys(), parts)
+    return open_records(name, classes, keys, parts)
 
 
 def _decode_all(source: RecordSource, shape: tuple[int, int, int]) -> ArraySource:
