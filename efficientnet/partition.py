@@ -68,6 +68,7 @@ class Storage:
         state: Of a number of optimizer state.
         buffers: Numbers of optimizer state a parameter.
         averages: Averages of the weights that are kept, in fp32.
+        accumulator: Of a number of the gradient accumulators.
     """
 
     compute: int = 2
@@ -75,12 +76,13 @@ class Storage:
     state: int = 2
     buffers: int = 1
     averages: int = 0
+    accumulator: int = FP32_BYTES
 
     @property
     def parameter(self) -> int:
-        """Bytes held for one parameter, its fp32 gradient accumulator included."""
+        """Bytes held for one parameter, its gradient accumulator included."""
         copy = 0 if self.compute == self.master else self.compute
-        return self.master + copy + self.buffers * self.state + (1 + self.averages) * FP32_BYTES
+        return self.master + copy + self.buffers * self.state + self.averages * FP32_BYTES + self.accumulator
 
 
 DEFAULT_STORAGE = Storage()

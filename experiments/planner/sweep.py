@@ -1,0 +1,91 @@
+"""The same run on one system after the other: the reference's two charts and its batch-size table."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from efficientnet.errors import ConfigError
+from experiments.planner.calibration import MACHINE_FILE, plan_on
+from experiments.planner.plan import Plan
+from experiments.planner.report import batch_table
+from experiments.planner.systems import SYSTEMS
+from experiments.planner.validation import PUBLISHED
+from experiments.planner.workload import Workload
+
+CHARTED = (
+    'ipu_pod16',
+    'ipu_pod32',
+    'ipu_pod64',
+    'ipu_pod128',
+    'ipu_pod256',
+    'bow_pod16',
+    'bow_pod64',
+    'bow_pod256',
+    'dgx_a100_8',
+    'dgx_a100_64',
+    'dgx_h100_8',
+    'dgx_h200_8',
+    'tpu_v3_1024',
+    'tpu_v4_512',
+)
+CHARTS = {'images_per_second': 'images/s', 'hours': 'hours to train all epochs'}
+
+
+def sweep(workload: Workload, machine_file: pathlib.Path = MACHINE_FILE) -> list[Plan]:
+    """Returns the plans of a workload on `CHARTED`.
+
+    IPUs take the micro-batch given, as the reference does; on other systems it is as large as fits.
+
+    Args:
+        workload: What; the charts say nothing of memory, so that on every system it has to fit.
+        machine_file: What `--calibrate` wrote.
+
+    Raises:
+        ConfigError: A size does not divide, or the workload does not fit.
+    """
+    plans = []
+    for name in CHARTED:
+        chosen = workload if SYSTEMS[name].family == 'ipu' else _as_large_as_fits(workload)
+        plan = plan_on(name, chosen, machine_file)
+        if not plan.fits:
+            raise ConfigError(f'{workload.model} does not fit {name}; try --micro_batch or --recompute=block')
+        plans.append(plan)
+    return plans
+
+
+def _as_large_as_fits(workload: Workload) -> Workload:
+    return dataclasses.replace(workload, micro_batch=0, stages=0, splits='auto')
+
+
+def published_numbers(plans: Sequence[Plan], value: str) -> Mapping[str, list[float]]:
+    """Returns what was published of the plans' systems, by name: 'images_per_second', or the 'hours' these make."""
+    found: dict[str, list[float]] = {}
+    hours = {plan.system.name: plan.hours * plan.images_per_second for plan in plans}
+    for name, speed, _ in PUBLISHED:
+        if name in hours:
+            found.setdefault(name, []).append(hours[name] / speed if value == 'hours' else speed)
+    return found
+
+
+def write(plans: Sequence[Plan], folder: pathlib.Path) -> str:
+    """Draws both charts into a folder, writes the batch-size table beside them and returns it.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    from experiments.planner.charts import draw_bars
+
+    text = batch_table(plans)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for value, what in CHARTS.items():
+            figure = Figure(figsize=(8, 4), layout='constrained')
+            title = f'{what}; dashes: published, of Mk2 unconfirmed'
+            draw_bars(figure.subplots(), plans, value, title, published_numbers(plans, value))
+            figure.savefig(folder / f'{value}.png', dpi=100)
+        (folder / 'batch_sizes.md').write_text(text + '\n')
+    except OSError as error:
+        raise ConfigError(f'--out={folder} cannot be written: {error.strerror}') from None
+    return text

@@ -1,0 +1,210 @@
+"""Predictions laid beside what was published or measured, whatever comes of it.
+
+Nothing here was used to calibrate; the points that were are in calibration.py. Numbers marked unconfirmed are known
+second-hand. This machine's rows come from the stored results of
+
+  python -m experiments.planner --calibrate
+  python -m experiments.benchmark pipeline --rounds=6 --micro_batch=M --accumulation=N --json
+
+in `results/`, of which only the former's update in one stage is used to predict the latter's times.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from experiments.benchmark.setup import MIB, table
+from experiments.planner.calibration import (
+    BLOCK_FLAGS,
+    MACHINE_FILE,
+    NVIDIA_B4,
+    REFERENCE,
+    RESULTS,
+    Machine,
+    load_machine,
+    plan_on,
+    solve,
+)
+from experiments.planner.plan import Plan, make_plan
+from experiments.planner.systems import SYSTEMS
+from experiments.planner.workload import Workload
+
+GRAPHCORE = 'graphcore.cn/performance-results'
+UNCONFIRMED = "Graphcore's SDK 2.4 table, unconfirmed"
+NVIDIA = 'NVIDIA/DeepLearningExamples, efficientnet_v1'
+
+
+class Row(NamedTuple):
+    """One prediction.
+
+    Attributes:
+        what: Was predicted.
+        predicted: Number.
+        found: Number, published or measured.
+        unit: Of both.
+        tolerance: Largest deviation that counts as a hit, as a share of what was found.
+        source: Of what was found.
+    """
+
+    what: str
+    predicted: float
+    found: float
+    unit: str
+    tolerance: float
+    source: str
+
+    @property
+    def deviation(self) -> float:
+        """Predicted ÷ found − 1."""
+        return self.predicted / self.found - 1
+
+    @property
+    def hit(self) -> bool:
+        """Whether the prediction lies within the tolerance."""
+        return abs(self.deviation) <= self.tolerance
+
+
+class Claim(NamedTuple):
+    """A prediction that is true or false."""
+
+    what: str
+    predicted: bool
+    found: bool
+    detail: str
+    source: str
+
+    @property
+    def hit(self) -> bool:
+        """Whether they agree."""
+        return self.predicted == self.found
+
+
+PUBLISHED = (
+    ('bow_pod64', 34_943, f'{GRAPHCORE}, before SDK 2.5'),
+    ('bow_pod64', 34_140, f'{GRAPHCORE}, SDK 3.0'),
+    ('bow_pod256', 117_641, f'{GRAPHCORE}, before SDK 2.5'),
+    ('bow_pod256', 122_665, f'{GRAPHCORE}, SDK 3.0'),
+    ('ipu_pod16', 6_379, UNCONFIRMED),
+    ('ipu_pod64', 24_946, UNCONFIRMED),
+    ('ipu_pod128', 48_015, UNCONFIRMED),
+    ('ipu_pod256', 87_968, UNCONFIRMED),
+)
+NVIDIA_PUBLISHED = ((1, 470), (32, 12_908), (64, 25_455))  # GPUs, images/s
+# README, `python -m experiments.benchmark memory`: stages, recomputation, MiB of temporaries that XLA plans a device.
+# One stage without recomputation (1,564) is what `TRAINER.temporaries` is from.
+PLANNED = (
+    (2, 'stage', 1109),
+    (4, 'stage', 882),
+    (1, 'block', 452),
+    (2, 'block', 394),
+    (4, 'block', 403),
+    (2, 'none', 5818),
+    (4, 'none', 5893),
+)
+
+
+def published_rows() -> list[Row]:
+    """Returns throughputs of others' systems."""
+    rows = []
+    for name, found, source in PUBLISHED:
+        speed = plan_on(name, REFERENCE).images_per_second
+        rows.append(Row(f'{SYSTEMS[name].title}, B4 G16', speed, found, 'images/s', 0.1, source))
+    post = "Graphcore's MLPerf v1.1 post, December 2021, second-hand"
+    rows.append(Row('IPU-POD256, 350 epochs', plan_on('ipu_pod256', REFERENCE).hours, 1.8, 'hours', 0.1, post))
+    for gpus, found in NVIDIA_PUBLISHED:
+        name, workload = f'dgx_a100_{gpus}', dataclasses.replace(NVIDIA_B4, global_batch=160 * gpus)
+        speed = plan_on(name, workload).images_per_second
+        rows.append(Row(f'{SYSTEMS[name].title}, B4 G1', speed, found, 'images/s', 0.1, NVIDIA))
+    return rows
+
+
+def claims() -> list[Claim]:
+    """Returns what the reference says fits, and its two hours."""
+    found = []
+    g1 = dataclasses.replace(REFERENCE, group_size=1, policy='16.32', optimizer='rmsprop', splits='auto')
+    g1 = dataclasses.replace(g1, global_batch=768)
+    g16 = dataclasses.replace(REFERENCE, splits='auto')
+    configs = 'graphcore/examples v2.5.0, configs.yml'
+    for title, workload, counts in (
+        ('B4 G16, 16.16, LARS', g16, {1: False, 2: True}),
+        ('B4 G1, 16.32, RMSProp', g1, {2: False, 4: True}),
+    ):
+        for stages, fits in counts.items():
+            plan = plan_on('ipu_pod16', dataclasses.replace(workload, stages=stages))
+            used = f'{sum(plan.memory.values()) / MIB:,.0f} of {plan.room / MIB:,.0f} MiB'
+            found.append(Claim(f'{title}, micro-batch 3, fits {stages} IPUs', plan.fits, fits, used, configs))
+    hours = plan_on('ipu_pod256', REFERENCE).hours
+    blog = "the reference's blog"
+    found.append(Claim('IPU-POD256 takes less than 2 hours', hours < 2, True, f'{hours:.2f} hours', blog))
+    return found
+
+
+def memory_rows() -> list[Row]:
+    """Returns what XLA plans for this trainer by stages and recomputation."""
+    rows = []
+    for stages, recompute, found in PLANNED:
+        workload = Workload(
+            stages=stages, recompute=recompute, policy='32.32', global_batch=24, replicas=1, micro_batch=3
+        )
+        memory = make_plan(SYSTEMS['dgx_a100_8'], workload, 1.0).memory
+        predicted = sum(memory[part] for part in ('gradients', 'stash', 'activations', 'temporaries')) / MIB
+        what = f'B4 G16 32.32 temporaries, {stages} × {recompute}'
+        rows.append(Row(what, predicted, found, 'MiB', 0.15, 'README, planned by XLA'))
+    return rows
+
+
+def machine_rows(machine_file: pathlib.Path = MACHINE_FILE, results: pathlib.Path = RESULTS) -> list[Row]:
+    """Returns update times on this machine, from blocks timed one by one and from counts alone.
+
+    Args:
+        machine_file: What `--calibrate` wrote.
+        results: Folder with what `experiments.benchmark pipeline --json` printed, in files pipeline_*.json.
+
+    Raises:
+        ConfigError: The machine was not measured.
+    """
+    machine, rows = load_machine(machine_file), []
+    for how in ('timed', 'counted'):
+        for path in sorted(results.glob('pipeline_*.json')):
+            found = json.loads(path.read_text())
+            flags = found['flags']
+            size = f'micro-batch {flags["micro_batch"]} × {flags["accumulation"]}'
+            for stages, job in ((1, 'one_stage'), (flags['stages'], 'pipeline')):
+                plan = _measured_plan(machine, flags, found['splits'] if stages > 1 else '', how)
+                what = f'B0 {flags["image_size"]} pixels, {size}, {stages} stages, blocks {how}'
+                measured = found['seconds'][job]
+                rows.append(Row(what, 1000 * plan.update_seconds, 1000 * measured, 'ms', 0.15, f'results/{path.name}'))
+    return rows
+
+
+def _measured_plan(machine: Machine, flags: dict, splits: str, how: str) -> Plan:
+    workload = Workload(
+        **{name: flags[name] for name in BLOCK_FLAGS},
+        global_batch=flags['micro_batch'] * flags['accumulation'],
+        replicas=1,
+        stages=splits.count(',') + 2 if splits else 1,
+        splits=splits or 'auto',
+        schedule=flags['schedule'],
+        recompute=flags['recompute'],
+    )
+    timed = how == 'timed'
+    blocks = machine.blocks if timed else None
+    efficiency = solve(machine.system, machine.workload, machine.update_seconds, blocks)
+    return make_plan(machine.system, workload, efficiency, machine.times(workload) if timed else None)
+
+
+def show(rows: Sequence[Row], found: Sequence[Claim]) -> str:
+    """Returns all predictions as text."""
+    lines = [('prediction', 'predicted', 'found', 'off by', 'allowed', '', 'source')]
+    for row in rows:
+        digits = 0 if row.found >= 10 else 2
+        numbers = (f'{row.predicted:,.{digits}f}', f'{row.found:,.{digits}f} {row.unit}', f'{row.deviation:+.1%}')
+        lines.append((row.what, *numbers, f'{row.tolerance:.0%}', 'hit' if row.hit else 'MISSED', row.source))
+    for claim in found:
+        values = ('yes' if value else 'no' for value in (claim.predicted, claim.found))
+        lines.append((claim.what, *values, '', '', 'hit' if claim.hit else 'MISSED', f'{claim.detail}; {claim.source}'))
+    everything = [*rows, *found]
+    hits = sum(each.hit for each in everything)
+    return f'{table(lines)}\n\n{hits} of {len(everything)} predictions hit'
