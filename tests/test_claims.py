@@ -130,7 +130,7 @@ def test_what_is_compared_is_trained_and_differs(name):
     assert list(every) == table.needed(scale, list(claims))  # nothing is trained for nothing
     seen = {}
     for run in runs.plan(scale, every, every, pathlib.Path('/x'), ()):
-        given = [word for word in run.arguments(every) if not word.startswith(('--workdir', '--config.init_from'))]
+        given = [word for word in run.arguments(every) if not word.startswith('--workdir')]
         recipe, *fields = [word for word in given if not word.startswith('--cpu_devices')]
         config = flatten(trainer.load_recipe(recipe.removeprefix('--config='), fields)) if run.seed == 0 else {}
         key = json.dumps([given, config], sort_keys=True)
@@ -218,6 +218,14 @@ def test_a_run_waits_for_the_one_it_starts_from(tmp_path):
     assert (tmp_path / 'half' / 'seed0' / 'checkpoints').exists()
     assert not (tmp_path / 'tuned' / 'seed0' / 'checkpoints').exists()
     assert rows[1]['seconds'] == 2 * rows[0]['seconds']
+
+
+def test_a_run_does_not_start_from_one_that_another_process_is_at(tmp_path):
+    settings = {'half': Setting({'image_size': 8}), 'tuned': Setting(starts_from='half')}
+    with trainer.held(tmp_path / 'half' / 'seed0'):
+        rows, said = runner(tmp_path, seeds=1, workers=1, **settings)
+    assert rows == []
+    assert said[1] == 'tuned, seed 0: has to wait for half; the same command goes on with it'
 
 
 def test_a_folder_in_use_is_let_be(tmp_path):

@@ -6,6 +6,7 @@ was killed goes on from its checkpoint. Several commands, on several machines to
 
 import csv
 import dataclasses
+import io
 import json
 import pathlib
 import shutil
@@ -13,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from efficientnet.reporting import write_json
 from experiments import trainer
 from experiments.claims.table import Scale, Setting
 
@@ -119,8 +119,12 @@ class Runner:
         return None
 
     def _do(self, run: Run) -> None:
-        given = run.arguments(self._every)
+        given, start = run.arguments(self._every), run.start(self._every)
         if read(run, self._every) is not None:
+            return
+        before = read(start, self._every) if start else {'seconds': 0.0}
+        if before is None:
+            self._say(f'{run.name}, seed {run.seed}: has to wait for {start.name}; the same command goes on with it')
             return
         with trainer.held(run.workdir) as lock:
             if lock is None:
@@ -131,16 +135,11 @@ class Runner:
             if outcome == trainer.Outcome():
                 self._say(f'{run.name}, seed {run.seed}: stopped; the same command goes on with it')
                 return
-            row = _row(run, given, outcome, self._start_seconds(run))
-            write_json(run.workdir / OUTCOME, {'arguments': given, 'row': row})
+            row = _row(run, given, outcome, before['seconds'] or 0.0)
+            _write_whole(run.workdir / OUTCOME, json.dumps({'arguments': given, 'row': row}, indent=2))
             if run.name not in {setting.starts_from for setting in self._every.values()}:
                 shutil.rmtree(run.workdir / 'checkpoints', ignore_errors=True)  # nobody will use the weights
         self._say(f'{run.name}, seed {run.seed}: ' + (row['error'] or f'{row["test_accuracy"]:.2%}'))
-
-    def _start_seconds(self, run: Run) -> float:
-        start = run.start(self._every)
-        row = start and read(start, self._every)
-        return row['seconds'] if row and not row['error'] else 0.0
 
 
 def read(run: Run, every: Mapping[str, Setting]) -> dict[str, Any] | None:
@@ -155,12 +154,11 @@ def read(run: Run, every: Mapping[str, Setting]) -> dict[str, Any] | None:
 def write_rows(rows: Iterable[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Writes rows as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix('.tmp')
-    with draft.open('w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    draft.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    _write_whole(path, text.getvalue())
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -198,6 +196,13 @@ def _forget_other(workdir: pathlib.Path, given: Sequence[str]) -> None:
         if entry.name != '.held':
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     path.write_text(json.dumps(list(given)))
+
+
+def _write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old one or the new one."""
+    draft = path.with_suffix('.tmp')
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def _value(name: str, text: str) -> Any:

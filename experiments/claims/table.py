@@ -169,7 +169,9 @@ def settings(scale: Scale) -> dict[str, Setting]:
         'proxy norm, small micro-batch': Setting(proxy | small),
         **scale.layouts,
         'half resolution': Setting(scale.half),
-        'half resolution, fine-tuned': Setting(scale.fine_tune, starts_from='half resolution'),
+        'half resolution, fine-tuned': Setting(
+            {'init_weights': 'raw', **scale.fine_tune}, starts_from='half resolution'
+        ),
     }
 
 
