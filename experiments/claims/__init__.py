@@ -1,0 +1,1 @@
+"""The reference's claims, tested small: `python -m experiments.claims --help`."""

@@ -1,0 +1,90 @@
+"""Trains what the reference's claims compare, over several seeds, and prints a table of verdicts.
+
+python -m experiments.claims --scale=digits --workers=2
+python -m experiments.claims --config.input.dir=DIR
+python -m experiments.claims --scale=gpu --claims=batch,norms
+python -m experiments.claims --scale=digits --show
+
+The same command goes on after a kill, run by run; several machines may share a --workdir. --show prints the table of
+the runs so far, or of the results that are stored in experiments/claims/results, and trains nothing.
+--config.FIELD=VALUE is added to all runs.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from efficientnet.errors import ConfigError
+from efficientnet.interrupt import Interrupt
+from experiments import trainer
+from experiments.claims import report, runs, table
+
+STORED = pathlib.Path(__file__).parent / 'results'
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the flags, and what is added to all runs."""
+    parser = argparse.ArgumentParser(
+        prog='python -m experiments.claims',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = list(table.claims(table.SCALES['cpu']))
+    parser.add_argument('--scale', choices=table.SCALES, default='cpu', help='how large everything is (%(default)s)')
+    parser.add_argument('--claims', default=','.join(names), help='which (%(default)s)')
+    parser.add_argument('--workers', type=int, default=1, help='runs at a time (%(default)s)')
+    parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/claims'), help='(%(default)s)')
+    parser.add_argument('--results', type=pathlib.Path, help='CSV with a row a run (WORKDIR/SCALE.csv)')
+    parser.add_argument('--show', action='store_true', help='train nothing')
+    args, rest = parser.parse_known_args(argv)
+    args.claims = args.claims.split(',')
+    for name in args.claims:
+        if name not in names:
+            parser.error(f'--claims: {name!r} is unknown; choose among {", ".join(names)}')
+    for argument in rest:
+        if not argument.startswith('--config.'):
+            parser.error(f'unrecognized argument {argument}')
+    if args.workers < 1:
+        parser.error(f'--workers={args.workers} must be at least 1')
+    args.workdir = args.workdir.expanduser().absolute()
+    return args, rest
+
+
+def run(args: argparse.Namespace, more: list[str]) -> None:
+    """Trains what is missing, writes the results and prints the table."""
+    scale = table.SCALES[args.scale]
+    trainer.load_recipe(scale.recipe, more)  # a mistake in a field shows here and not in every run
+    every = table.settings(scale)
+    planned = runs.plan(scale, every, table.needed(scale, args.claims), args.workdir / args.scale, more)
+    results = args.results or args.workdir / f'{args.scale}.csv'
+    if not args.show:
+        with Interrupt() as interrupt:
+            missing = [one for one in planned if runs.read(one, every) is None]
+            print(f'{len(planned) - len(missing)} of {len(planned)} runs are done', flush=True)
+            runner = runs.Runner(missing, every, stop=interrupt.requested, say=lambda text: print(text, flush=True))
+            trainer.in_threads(args.workers, runner.work)
+    rows = [row for one in planned if (row := runs.read(one, every)) is not None]
+    if rows:
+        runs.write_rows(rows, results)
+    elif args.show:
+        results = args.results or STORED / f'{args.scale}.csv'
+        if not results.exists():
+            raise ConfigError(f'there are no runs in {args.workdir} and no results in {results}')
+        rows = runs.read_rows(results)
+    claims = {name: claim for name, claim in table.claims(scale).items() if name in args.claims}
+    print(report.show(claims, runs.collect(rows)))
+    print(f'{len(rows)} runs; {results}')
+
+
+def main(argv: list[str]) -> None:
+    """Tests the claims; whatever is wrong with the flags is one line."""
+    try:
+        run(*parse(argv))
+    except ConfigError as error:
+        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

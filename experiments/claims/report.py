@@ -1,0 +1,64 @@
+"""The table of claims as text."""
+
+import math
+from collections.abc import Mapping
+
+from experiments.claims.table import Claim
+from experiments.claims.verdicts import Finding, Rows, Sample, conclude
+
+
+def show(claims: Mapping[str, Claim], rows: Rows) -> str:
+    """Returns every claim with its verdict and what it rests on, and how to read it.
+
+    Args:
+        claims: By short name.
+        rows: Of `runs.collect`.
+    """
+    lines = []
+    for name, claim in claims.items():
+        verdict, findings = conclude(claim, rows)
+        lines += [f'{name}: {claim.title}: {verdict.upper()}', *map(describe, findings), '']
+    lines.append(
+        'Mean ± standard deviation over n seeds; in brackets the 95 % interval of the difference (Welch; by seed where '
+        'paired). A comparison holds if the interval lies in the expected bounds, does not if it lies outside.'
+    )
+    return '\n'.join(lines)
+
+
+def describe(finding: Finding) -> str:
+    """Returns one comparison as a line."""
+    one, of = finding.comparison, finding.comparison.of_a
+    seconds = of == 'seconds'
+    averaged = ' averaged' if of.endswith('averaged') else ''
+    left, right = sample_text(finding.a, seconds), sample_text(finding.b, seconds)
+    text = f'  {one.a}{averaged} {left} − {one.b} {right}'
+    if finding.difference:
+        low, mean, high = (_number(getattr(finding.difference, name), seconds) for name in ('low', 'mean', 'high'))
+        text += f' = {mean} [{low}, {high}]{" paired" if one.paired else ""}'
+    if one.expected:
+        text += f'; expected {bounds_text(one.expected, seconds)}: {finding.verdict}'
+    if finding.failed:
+        text += f'; {finding.failed} runs failed' + ('' if seconds else ' and count as guessing')
+    return text
+
+
+def sample_text(sample: Sample | None, seconds: bool = False) -> str:
+    """Returns '97.5 ± 0.3 % (n=5)'."""
+    if sample is None:
+        return '(n=0)'
+    unit, factor = ('s', 1) if seconds else ('%', 100)
+    spread = '' if math.isnan(sample.sd) else f' ± {factor * sample.sd:.1f}'
+    return f'{factor * sample.mean:.1f}{spread} {unit} (n={sample.n})'
+
+
+def bounds_text(bounds: tuple[float, float], seconds: bool = False) -> str:
+    """Returns 'above -2.0', 'below +0.0' or '-2.0 to +2.0', in points of a percent or in seconds."""
+    low, high = (_number(bound, seconds) for bound in bounds)
+    if math.isinf(bounds[1]):
+        return f'above {low}'
+    return f'below {high}' if math.isinf(bounds[0]) else f'{low} to {high}'
+
+
+def _number(value: float, seconds: bool) -> str:
+    """A difference: in seconds, or in points of a percent."""
+    return f'{value if seconds else 100 * value:+.1f}'

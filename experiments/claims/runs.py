@@ -1,0 +1,212 @@
+"""The runs of the claims: one of main.py for each setting and seed, in a folder of its own, and a row for each.
+
+A run is done when its folder has outcome.json, and it is done again when what it would be given has changed. One that
+was killed goes on from its checkpoint. Several commands, on several machines too, may share a folder.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from experiments import trainer
+from experiments.claims.table import Scale, Setting
+
+OUTCOME = 'outcome.json'
+COLUMNS = (
+    'setting',
+    'seed',
+    'test_accuracy',
+    'test_accuracy_averaged',  # of the weights averaged over epochs
+    'test_loss',
+    'seconds',  # in updates, those of the run that it starts from included; neither compilation nor evaluation
+    'images_per_second',
+    'steps',
+    'skipped',
+    'parameters',
+    'classes',
+    'device',
+    'jax',
+    'error',  # of a run that failed
+    'command',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: a setting and a seed."""
+
+    name: str  # of the setting
+    setting: Setting
+    seed: int
+    scale: Scale
+    folder: pathlib.Path  # of all runs of the scale
+    more: Sequence[str] = ()  # --config.FIELD=VALUE for all, such as where the data is
+
+    @property
+    def workdir(self) -> pathlib.Path:
+        """Its folder."""
+        words = ''.join(letter if letter.isalnum() or letter == '.' else ' ' for letter in self.name.lower())
+        return self.folder / '-'.join(words.split()) / f'seed{self.seed}'
+
+    def start(self, every: Mapping[str, Setting]) -> 'Run | None':
+        """Returns the run whose weights it starts with, if any."""
+        name = self.setting.starts_from
+        return dataclasses.replace(self, name=name, setting=every[name]) if name else None
+
+    def arguments(self, every: Mapping[str, Setting]) -> list[str]:
+        """Returns its flags of main.py."""
+        changes = {**self.scale.changes, 'global_batch': self.scale.batches[0], **self.setting.changes}
+        start = self.start(every)
+        if start:
+            changes['init_from'] = start.workdir
+        more = [f'--cpu_devices={self.setting.cpu_devices}'] if self.setting.cpu_devices else []
+        changes['seed'] = self.seed
+        return trainer.arguments(self.scale.recipe, changes, self.workdir, *self.more, *more)
+
+
+def plan(
+    scale: Scale, every: Mapping[str, Setting], names: Iterable[str], folder: pathlib.Path, more: Sequence[str]
+) -> list[Run]:
+    """Returns the runs of some settings, all of seed 0 first: a table half done then says something of each."""
+    names = list(names)
+    return [Run(name, every[name], seed, scale, folder, more) for seed in range(scale.seeds) for name in names]
+
+
+class Runner:
+    """Works through runs, in several threads or processes at a time."""
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        every: Mapping[str, Setting],
+        *,
+        stop: Callable[[], bool],
+        say: Callable[[str], None],
+        program: Sequence[str] = trainer.PROGRAM,
+    ) -> None:
+        self._waiting, self._every = list(runs), every
+        self._stop, self._say, self._program = stop, say, program
+        self._turn = threading.Condition()
+        self._running: set[pathlib.Path] = set()
+
+    def work(self) -> None:
+        """Takes one run after the other until none is left or told to stop."""
+        while (run := self._next()) is not None:
+            try:
+                self._do(run)
+            finally:
+                with self._turn:
+                    self._running.discard(run.workdir)
+                    self._turn.notify_all()
+
+    def _next(self) -> Run | None:
+        """The next run; waits while all that are left start from one that is under way."""
+        with self._turn:
+            while self._waiting and not self._stop():
+                for run in self._waiting:
+                    start = run.start(self._every)
+                    if not (start and start.workdir in self._running):
+                        self._waiting.remove(run)
+                        self._running.add(run.workdir)
+                        return run
+                self._turn.wait(trainer.POLL)
+        return None
+
+    def _do(self, run: Run) -> None:
+        given, start = run.arguments(self._every), run.start(self._every)
+        if read(run, self._every) is not None:
+            return
+        before = read(start, self._every) if start else {'seconds': 0.0}
+        if before is None:
+            self._say(f'{run.name}, seed {run.seed}: has to wait for {start.name}; the same command goes on with it')
+            return
+        with trainer.held(run.workdir) as lock:
+            if lock is None:
+                self._say(f'{run.name}, seed {run.seed}: another process is at it')
+                return
+            _forget_other(run.workdir, given)
+            outcome = trainer.run(given, run.workdir, lock, leave=lambda _: self._stop(), program=self._program)
+            if outcome == trainer.Outcome():
+                self._say(f'{run.name}, seed {run.seed}: stopped; the same command goes on with it')
+                return
+            row = _row(run, given, outcome, before['seconds'] or 0.0)
+            _write_whole(run.workdir / OUTCOME, json.dumps({'arguments': given, 'row': row}, indent=2))
+            if run.name not in {setting.starts_from for setting in self._every.values()}:
+                shutil.rmtree(run.workdir / 'checkpoints', ignore_errors=True)  # nobody will use the weights
+        self._say(f'{run.name}, seed {run.seed}: ' + (row['error'] or f'{row["test_accuracy"]:.2%}'))
+
+
+def read(run: Run, every: Mapping[str, Setting]) -> dict[str, Any] | None:
+    """Returns the row of a run that is done with the arguments it would be given now, else None."""
+    path = run.workdir / OUTCOME
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    return found['row'] if found['arguments'] == run.arguments(every) else None
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Writes rows as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    _write_whole(path, text.getvalue())
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads rows as `write_rows` writes them, numbers as numbers."""
+    with path.open(newline='') as file:
+        return [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Returns the rows by setting and seed."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row['setting'], {})[row['seed']] = row
+    return found
+
+
+def _row(run: Run, given: Sequence[str], outcome: trainer.Outcome, before: float) -> dict[str, Any]:
+    # Paths are of this machine; a reader gives his own.
+    command = ' '.join(f"'{word}'" if ' ' in word else word for word in given if str(run.folder) not in word)
+    row = dict.fromkeys(COLUMNS) | {'setting': run.name, 'seed': run.seed, 'error': outcome.error}
+    row |= {'command': f'python main.py {command}', 'classes': run.scale.classes}
+    if outcome.summary:
+        row |= {name: outcome.summary[name] for name in COLUMNS if name in outcome.summary}
+        images = outcome.summary['steps'] * outcome.summary['global_batch']
+        row['seconds'] = images / outcome.summary['images_per_second'] + before
+    return row
+
+
+def _forget_other(workdir: pathlib.Path, given: Sequence[str]) -> None:
+    """Empties the folder of a run that was begun with other arguments."""
+    path = workdir / 'arguments.json'
+    if path.exists() and json.loads(path.read_text()) == list(given):
+        return
+    for entry in workdir.iterdir():
+        if entry.name != '.held':
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    path.write_text(json.dumps(list(given)))
+
+
+def _write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old one or the new one."""
+    draft = path.with_suffix('.tmp')
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def _value(name: str, text: str) -> Any:
+    if name in ('setting', 'device', 'jax', 'error', 'command'):
+        return text
+    number = float(text) if text else None
+    return int(number) if name in ('seed', 'steps', 'skipped', 'parameters', 'classes') and text else number

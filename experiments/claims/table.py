@@ -1,0 +1,239 @@
+"""The claims as data: which settings are trained, at which scale, and which differences of their means are expected.
+
+All settings of a scale are its recipe with its changes, and differ from each other in what their claim is about alone.
+Numbers are 32.32 unless the claim is about numbers, so that a difference has one cause.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from configs import base
+
+NEUTRAL = base.get_config()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    recipe: str
+    changes: Mapping[str, Any]  # of all settings
+    margin: float  # accuracies that differ by less count as the same
+    batches: tuple[int, int, int]  # global; the first is that of all other claims
+    rmsprop_rate: float  # rate_per_example of RMSProp, at all batches
+    small: int  # micro-batch that the norms are compared at, beside the recipe's
+    layouts: Mapping[str, 'Setting']
+    half: Mapping[str, Any]  # of the run at half resolution
+    fine_tune: Mapping[str, Any]  # of the run that goes on from it at full resolution
+    classes: int = 10  # of the data set
+    seeds: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is trained, once a seed."""
+
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cpu_devices: int = 0  # virtual ones; 0 = what the machine has
+    starts_from: str = ''  # the setting whose weights, of the same seed, it starts with
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A difference of two means over seeds, and where it has to lie for the claim to hold."""
+
+    a: str  # a setting
+    b: str  # another, which is subtracted
+    expected: tuple[float, float] | None = None  # bounds of the difference; None if the claim says nothing of it
+    of_a: str = 'test_accuracy'  # which number of a run is compared
+    of_b: str = 'test_accuracy'
+    paired: bool = False  # differences are taken seed by seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What the reference says, and the comparisons of which all have to come out as expected."""
+
+    title: str
+    comparisons: tuple[Comparison, ...]
+
+
+# Averages reach back about a tenth of the run, as the reference's 0.97 an epoch does in 350 epochs.
+_COMMON = {
+    'precision.policy': '32.32',
+    'model.expand_ratio': 4,
+    'averaging.epoch_decay': 0.5,
+    'checkpoint.every': '100 %',
+    'checkpoint.keep': 1,
+    'evaluation.every': '25 %',
+}
+
+SCALES = {
+    'digits': Scale(
+        recipe='configs/digits.py',
+        changes=_COMMON
+        | {'epochs': 10.0, 'model.depth': 0.1, 'model.dropout': 0.0, 'schedule.warmup': '10 %', 'log_every': '5 %'},
+        margin=0.02,
+        batches=(64, 256, 512),
+        rmsprop_rate=2.0**-14,
+        small=4,
+        layouts={
+            '2 replicas': Setting({'replicas': 2}, cpu_devices=2),
+            '2 stages': Setting({'stages': 2, 'micro_batch': 8}, cpu_devices=2),
+            '2 replicas × 2 stages': Setting({'replicas': 2, 'stages': 2, 'micro_batch': 8}, cpu_devices=4),
+        },
+        half={'image_size': 8, 'epochs': 8.0},
+        fine_tune={'epochs': 2.0, 'optimizer.rate_per_example': 2.0**-8},
+    ),
+    'cpu': Scale(
+        recipe='configs/cifar10.py',
+        changes=_COMMON
+        | {
+            'input.train_split': 'train[:16000]',
+            'input.test_split': 'test[:4000]',
+            'epochs': 2.0,
+            'schedule.warmup': '15 %',
+            'log_every': '5 %',
+        },
+        margin=0.02,
+        batches=(32, 128, 512),
+        rmsprop_rate=2.0**-14,
+        small=4,
+        layouts={
+            '2 replicas': Setting({'replicas': 2, 'micro_batch': 16}, cpu_devices=2),
+            '2 stages': Setting({'stages': 2, 'micro_batch': 4}, cpu_devices=2),
+            '2 replicas × 2 stages': Setting({'replicas': 2, 'stages': 2, 'micro_batch': 4}, cpu_devices=4),
+        },
+        half={'image_size': 16, 'epochs': 1.6},
+        fine_tune={'epochs': 0.4, 'optimizer.rate_per_example': 2.0**-10},
+    ),
+    # One GPU has no second stage or replica to try, only another accumulation count.
+    'gpu': Scale(
+        recipe='configs/cifar10.py',
+        changes=_COMMON
+        | {
+            'epochs': 30.0,
+            'model.depth': 1.0,
+            'averaging.epoch_decay': 0.7,
+            'global_batch': 256,
+            'micro_batch': 256,
+            'optimizer.rate_per_example': 2.0**-10,
+            'schedule.warmup': '10 %',
+            'evaluation.every': '10 %',
+            'evaluation.batch': 1000,
+            'log_every': '2 %',
+        },
+        margin=0.005,
+        batches=(256, 1024, 4096),
+        rmsprop_rate=2.0**-14,
+        small=8,
+        layouts={
+            'accumulation 4': Setting({'micro_batch': 64}),
+            'accumulation 16': Setting({'micro_batch': 16}),
+        },
+        half={'image_size': 16, 'epochs': 28.0},
+        fine_tune={'epochs': 2.0, 'optimizer.rate_per_example': 2.0**-13},
+    ),
+}
+
+
+def settings(scale: Scale) -> dict[str, Setting]:
+    """Returns all settings of a scale by name."""
+    rmsprop = {
+        'optimizer.name': 'rmsprop',
+        'optimizer.rate_per_example': scale.rmsprop_rate,
+        'optimizer.momentum': 0.9,
+        'optimizer.weight_decay': 1e-5,
+        'optimizer.epsilon': 1e-3,
+        'optimizer.trust_coefficient': NEUTRAL.optimizer.trust_coefficient,  # nothing reads it here
+    }
+    first, middle, last = ({'global_batch': batch} for batch in scale.batches)
+    small, batch, proxy = {'micro_batch': scale.small}, {'model.norm': 'batch'}, {'model.norm': 'layer_proxy'}
+    return {
+        'base': Setting(),
+        '16.16 stochastic': Setting({'precision.policy': '16.16'}),
+        '16.16 nearest': Setting({'precision.policy': '16.16', 'precision.rounding': 'nearest'}),
+        'LARS, middle batch': Setting(middle),
+        'LARS, largest batch': Setting(last),
+        'RMSProp, smallest batch': Setting(rmsprop | first),
+        'RMSProp, middle batch': Setting(rmsprop | middle),
+        'RMSProp, largest batch': Setting(rmsprop | last),
+        'G1': Setting({'model.group_size': 1, 'model.expand_ratio': 6}),
+        'G4': Setting({'model.group_size': 4, 'model.expand_ratio': 5}),
+        'group norm, small micro-batch': Setting(small),
+        'batch norm': Setting(batch),
+        'batch norm, small micro-batch': Setting(batch | small),
+        'proxy norm': Setting(proxy),
+        'proxy norm, small micro-batch': Setting(proxy | small),
+        **scale.layouts,
+        'half resolution': Setting(scale.half),
+        'half resolution, fine-tuned': Setting(
+            {'init_weights': 'raw', **scale.fine_tune}, starts_from='half resolution'
+        ),
+    }
+
+
+def claims(scale: Scale) -> dict[str, Claim]:
+    """Returns the claims by a short name, in the order of the table."""
+    above, below = (0.0, math.inf), (-math.inf, 0.0)
+    same, not_below = (-scale.margin, scale.margin), (-scale.margin, math.inf)
+    layouts = (Comparison(name, 'base', same, paired=True) for name in scale.layouts)
+    return {
+        'rounding': Claim(
+            '16.16 with stochastic rounding matches 32.32, with round-to-nearest it does not',
+            (
+                Comparison('16.16 stochastic', 'base', not_below),
+                Comparison('16.16 nearest', 'base', below),
+                Comparison('16.16 stochastic', '16.16 nearest', above),
+            ),
+        ),
+        'batch': Claim(
+            'LARS keeps the accuracy at the largest batch, where RMSProp loses it',
+            (
+                Comparison('LARS, middle batch', 'base'),
+                Comparison('LARS, largest batch', 'base', not_below),
+                Comparison('RMSProp, middle batch', 'RMSProp, smallest batch'),
+                Comparison('RMSProp, largest batch', 'RMSProp, smallest batch', below),
+                Comparison('LARS, largest batch', 'RMSProp, largest batch', above),
+            ),
+        ),
+        'groups': Claim(
+            'groups of 16 (expand ratio 4) are at least as good as of 1 (ratio 6), groups of 4 (ratio 5) between',
+            (
+                Comparison('base', 'G1', not_below),
+                Comparison('base', 'G4', not_below),
+                Comparison('G4', 'G1', not_below),
+            ),
+        ),
+        'norms': Claim(
+            'group norm and proxy norm are indifferent to the micro-batch, batch norm is not',
+            (
+                Comparison('group norm, small micro-batch', 'base', same),
+                Comparison('batch norm, small micro-batch', 'batch norm', below),
+                Comparison('proxy norm, small micro-batch', 'proxy norm', same),
+                Comparison('proxy norm', 'base'),
+                Comparison('proxy norm', 'batch norm'),
+            ),
+        ),
+        'layouts': Claim('replicas, stages and accumulation give the same accuracy', tuple(layouts)),
+        'resolution': Claim(
+            'half resolution and then fine-tuning costs less and loses nothing',
+            (
+                Comparison('half resolution, fine-tuned', 'base', not_below),
+                Comparison('half resolution, fine-tuned', 'base', below, of_a='seconds', of_b='seconds'),
+            ),
+        ),
+        'averaging': Claim(
+            'weights averaged over epochs are better than the last',
+            (Comparison('base', 'base', above, of_a='test_accuracy_averaged', paired=True),),
+        ),
+    }
+
+
+def needed(scale: Scale, names: list[str]) -> list[str]:
+    """Returns the settings that some claims compare, and those they start from, in the order of `settings`."""
+    every, chosen = settings(scale), claims(scale)
+    compared = {name for key in names for one in chosen[key].comparisons for name in (one.a, one.b)}
+    return [name for name in every if name in compared | {every[other].starts_from for other in compared}]

@@ -1,0 +1,1 @@
+"""Sweeps over the fields of a recipe: `python -m experiments.sweep --help`."""

@@ -1,0 +1,107 @@
+"""Searches the fields of a recipe for the best test accuracy, and writes trials.csv and pictures.
+
+python -m experiments.sweep --study=lars --config=configs/digits.py --trials=20 --workers=2
+python -m experiments.sweep --study=lars --config=configs/cifar10.py --config.epochs=3 --trials=50 --storage=sweep.db
+python -m experiments.sweep --study=rmsprop --config=configs/digits.py --grid
+
+The same command again goes on after a kill. Started on several machines with one --storage, an SQL URL or a file
+they share (FILE.db is SQLite; any other file is a journal, which may lie on NFS), they work on the same study.
+--config.FIELD=VALUE changes the recipe of all trials. A machine with several accelerators takes one command for each,
+told apart by CUDA_VISIBLE_DEVICES or the like.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import optuna
+
+from efficientnet.errors import ConfigError
+from efficientnet.interrupt import Interrupt
+from experiments import trainer
+from experiments.sweep import report, search, studies
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the flags, and the fields of the recipe that are set on the command line."""
+    parser = argparse.ArgumentParser(
+        prog='python -m experiments.sweep',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument('--study', required=True, choices=studies.STUDIES, help='what is searched')
+    parser.add_argument('--config', required=True, help='recipe, such as configs/cifar10.py')
+    many = parser.add_mutually_exclusive_group(required=True)
+    many.add_argument('--trials', type=int, help='at most so many, those before a restart counted')
+    many.add_argument('--grid', action='store_true', help='all combinations of the values that the study names')
+    parser.add_argument('--workers', type=int, default=1, help='runs at a time (%(default)s)')
+    parser.add_argument('--storage', help='URL or file of the trials (sweep.db in --workdir)')
+    parser.add_argument('--name', help='of the study in the storage (STUDY-RECIPE)')
+    parser.add_argument('--workdir', type=pathlib.Path, help='for runs, trials.csv and pictures (runs/NAME)')
+    parser.add_argument('--prune', action=argparse.BooleanOptionalAction, default=True, help='end bad trials early')
+    args, rest = parser.parse_known_args(argv)
+    for argument in rest:
+        if not argument.startswith('--config.'):
+            parser.error(f'unrecognized argument {argument}')
+    for name in ('trials', 'workers'):
+        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
+            parser.error(f'--{name}={getattr(args, name)} must be at least 1')
+    args.name = args.name or f'{args.study}-{pathlib.Path(args.config).stem}'
+    args.workdir = (args.workdir or pathlib.Path('runs') / args.name).expanduser().absolute()
+    args.storage = args.storage or str(args.workdir / 'sweep.db')
+    return args, rest
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Runs what is left of a sweep and writes what came of it."""
+    plan = studies.STUDIES[args.study]
+    recipe = trainer.load_recipe(args.config, overrides)
+    space = studies.distributions(plan, recipe)
+    study = search.open_study(args.name, search.open_storage(args.storage), recipe, prune=args.prune)
+    with Interrupt() as interrupt:
+        sweep = search.Sweep(
+            study=study,
+            plan=plan,
+            recipe=args.config,
+            overrides=overrides,
+            space=space,
+            runs=args.workdir / 'trials',
+            trials=args.trials or 0,
+            stop=interrupt.requested,
+            say=lambda text: print(text, flush=True),
+        )
+        if args.grid:
+            sweep.enqueue_grid(studies.grid(plan, recipe))
+        trainer.in_threads(args.workers, sweep.work)
+    for file in report.write(study, args.workdir):
+        print(file)
+    print(summary(study))
+
+
+def summary(study: optuna.Study) -> str:
+    """Returns how many trials ended how, and the best with its values."""
+    trials = study.get_trials(deepcopy=False)
+    states = [trial.state for trial in trials if search.FOLDER in trial.user_attrs]
+    counts = {state: states.count(state) for state in dict.fromkeys(states)}
+    lines = [', '.join(f'{count} {state.name.lower()}' for state, count in counts.items())]
+    done = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    if done:
+        best = max(done, key=lambda trial: trial.value)
+        lines.append(f'best: {best.value:.2%} by trial {best.number}')
+        lines += [f'  {field} = {search.show(value)}' for field, value in best.params.items()]
+    return '\n'.join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Sweeps; whatever is wrong with the flags or the recipe is one line."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        run(*parse(argv))
+    except ConfigError as error:
+        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
