@@ -20,7 +20,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_weights = 'auto'  # of it: 'raw', 'averaged' (over epochs), 'update_average'; 'auto' = an average if any
 
     # What is trained on.
-    config.dataset = 'digits'  # 'digits' (embedded), 'folder', or any TFDS name: 'cifar10', 'imagenet2012', …
+    config.dataset = (
+        'digits'  # 'digits', 'sample_photos' (embedded), 'folder', or a TFDS name: 'cifar10', 'imagenet2012', …
+    )
     config.image_size = 224  # pixels a side, after cropping and resizing
     config.input = ml_collections.ConfigDict()
     config.input.dir = ''  # TFDS folder ('' = ~/tensorflow_datasets), or the folder with <split>/<class>/<image>
