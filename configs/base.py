@@ -20,7 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_weights = 'auto'  # of it: 'raw', 'averaged' (over epochs), 'update_average'; 'auto' = an average if any
 
     # What is trained on.
-    config.dataset = 'digits'  # 'digits' (embedded), 'folder', 'imagenet_tfrecords', or any TFDS name: 'cifar10', …
+    # 'digits', 'sample_photos' (both embedded), 'folder', 'imagenet_tfrecords', or a TFDS name: 'cifar10', …
+    config.dataset = 'digits'
     config.image_size = 224  # pixels a side, after cropping and resizing
     config.input = ml_collections.ConfigDict()
     config.input.dir = ''  # TFDS folder ('' = ~/tensorflow_datasets), or that of the images or TFRecord shards

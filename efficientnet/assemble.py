@@ -315,6 +315,12 @@ def _make_packings(model: EfficientNet, image_size: int, layout: Layout) -> Pack
 
 def _make_schedule(fields: Fields, steps_of: Any, total_steps: int) -> optax.Schedule:
     s = fields.schedule
+    warmup_steps = steps_of('schedule.warmup', s.warmup)
+    if warmup_steps > total_steps:
+        raise ConfigError(
+            f"schedule.warmup={s.warmup!r} is {warmup_steps:,} steps, more than the run's {total_steps:,}; "
+            f'shorten it or raise {"steps" if fields.steps else "epochs"}'
+        )
     options: dict[str, Any] = {
         'polynomial': lambda: {'end_ratio': s.end_ratio, 'power': s.power},
         'cosine': lambda: {'end_ratio': s.end_ratio},
@@ -327,7 +333,7 @@ def _make_schedule(fields: Fields, steps_of: Any, total_steps: int) -> optax.Sch
         s.kind,
         peak=fields.optimizer.rate_per_example * fields.global_batch,
         total_steps=total_steps,
-        warmup_steps=steps_of('schedule.warmup', s.warmup),
+        warmup_steps=warmup_steps,
         **options.get(s.kind, dict)(),
     )
 

@@ -108,11 +108,17 @@ def make_layout(
             raise ConfigError(f'{field}={value!r} is unknown; choose one of {", ".join(known)}')
     stages = len(splits) + 1
     room = devices // processes // stages * processes  # a process owns whole replicas
+    chosen = not replicas
     replicas = replicas or max(room, processes)
     if replicas > room or replicas % processes:
         raise ConfigError(_too_many(replicas, stages, devices, processes, room))
     if global_batch % (micro_batch * replicas):
-        raise ConfigError(_proposal(global_batch, micro_batch, replicas))
+        proposal = _proposal(global_batch, micro_batch, replicas)
+        counts = range(replicas - processes, 0, -processes) if chosen else ()
+        fitting = [count for count in counts if global_batch % (micro_batch * count) == 0]
+        if chosen:
+            proposal = f'replicas=0 takes {replicas} here: {proposal}'
+        raise ConfigError(proposal + (f', or replicas={fitting[0]}' if fitting else ''))
     accumulation = global_batch // (micro_batch * replicas)
     return Layout(replicas, micro_batch, accumulation, splits, schedule, recompute, processes)
 
@@ -134,7 +140,7 @@ def _too_many(replicas: int, stages: int, devices: int, processes: int, room: in
     """Says how many replicas would fit."""
     wanted = f'replicas={replicas} × stages={stages} needs {replicas * stages} devices, but there are {devices}'
     if processes == 1:
-        remedy = f'set replicas={room}' if room else f'use at most {devices} stages'
+        remedy = f'set replicas={room}' if room else f'use at most {devices} stage{"s" if devices > 1 else ""}'
         return f'{wanted}; {remedy}, or try on a CPU with --cpu_devices={replicas * stages}'
     if replicas % processes:
         return f'replicas={replicas} must be a multiple of the {processes} processes, each of which owns whole replicas'

@@ -162,7 +162,7 @@ def open_source(name: str, split: str, data_dir: str | None = None, *, train_spl
     """Opens a split of a data set.
 
     Args:
-        name: 'digits' (scikit-learn's scans, no download), 'folder' (data_dir/<split>/<class>/<image>),
+        name: 'digits' or 'sample_photos' (scikit-learn's, no download), 'folder' (data_dir/<split>/<class>/<image>),
             'imagenet_tfrecords' (data_dir/<split>-00000-of-01024) or the name of a TFDS data set, with its config
             if need be: 'name/config'.
         split: name of the split; TFDS understands 'train[:90%]' and the like.
@@ -181,6 +181,10 @@ def open_source(name: str, split: str, data_dir: str | None = None, *, train_spl
         from input_pipeline import digits as kind
 
         source = kind.open_digits(split, field)
+    elif name == 'sample_photos':
+        from input_pipeline import sample_photos as kind
+
+        source = kind.open_sample_photos(split, field)
     elif name == 'folder':
         from input_pipeline import folder as kind
 

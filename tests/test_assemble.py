@@ -52,7 +52,11 @@ from tests.tiny import tiny_config, tiny_parts
         ({'optimizer__rate_per_example': -1.0}, r'optimizer\.rate_per_example'),
         ({'schedule__kind': 'step'}, r'schedule\.kind'),
         ({'schedule__warmup': '3'}, r"schedule\.warmup='3'"),
-        ({'schedule__warmup': '7 steps'}, 'warm'),
+        ({'schedule__warmup': '7 steps'}, r"warmup='7 steps' is 7 steps, more than the run's 6; .* or raise steps"),
+        (
+            {'schedule__warmup': '3 epochs', 'steps': 0, 'epochs': 1.0},
+            r"warmup='3 epochs' is 269 steps, more than the run's 89; shorten it or raise epochs",
+        ),
         ({'evaluation__every': 'always'}, r'evaluation\.every'),
         ({'evaluation__batch': 0}, r'evaluation\.batch=0'),
         ({'augment__crop': 'middle'}, r'augment\.crop'),

@@ -39,6 +39,13 @@ def test_groups():
         ({'global_batch': 97}, ['global_batch=97', 'global_batch=96 or 104']),
         ({'global_batch': 90}, ['global_batch=88 or 96', 'micro_batch=3 or 5']),
         ({'global_batch': 5}, ['global_batch=8 would be']),
+        ({'replicas': 0, 'devices': 7}, ['replicas=0 takes 7 here', 'micro_batch=4', 'or replicas=6']),
+        ({'replicas': 0, 'devices': 10, 'processes': 2, 'global_batch': 32}, ['takes 10 here', 'or replicas=8']),
+        (
+            {'replicas': 0, 'global_batch': 50, 'micro_batch': 3},
+            ['replicas=0 takes 8 here', 'global_batch=48 or 72 would be'],
+        ),
+        ({'splits': ('a',), 'devices': 1}, ['stages=2 needs 4 devices', 'there are 1; use at most 1 stage,']),
         ({'replicas': 9}, ['replicas=9', 'there are 8', 'replicas=8', '--cpu_devices=9']),
         ({'micro_batch': 0}, ['micro_batch=0', 'at least 1']),
         ({'replicas': -1}, ['replicas=-1', 'at least 0']),
