@@ -1,9 +1,10 @@
-"""Trains or evaluates an EfficientNet.
+"""Trains, evaluates or uses an EfficientNet.
 
   python main.py --config=configs/digits.py --workdir=runs/digits
   python main.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.seed=1 --config.replicas=8
   python main.py --config=configs/digits.py --workdir=runs/two --cpu_devices=2 --config.stages=2 --config.micro_batch=8
   python main.py --mode=evaluate --workdir=runs/digits
+  python main.py --mode=predict --workdir=runs/digits photo.jpg folder - < list.txt
 
 configs/base.py names every field that --config.FIELD=VALUE can set. The same command again resumes a run.
 """
@@ -15,11 +16,19 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ('train', 'evaluate')
+MODES = ('train', 'evaluate', 'predict')
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, such as configs/digits.py.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, summary.')
-_MODE = flags.DEFINE_enum('mode', 'train', MODES, 'What to do; evaluate takes its config from the workdir.')
+_MODE = flags.DEFINE_enum('mode', 'train', MODES, 'What to do; the latter two take their config from the workdir.')
+_CSV = flags.DEFINE_bool('csv', False, 'predict: writes a table, a row a guess.')
+_JSON = flags.DEFINE_bool('json', False, 'predict: writes a JSON list of {file, top: [{index, name, probability}, …]}.')
+_WEIGHTS = flags.DEFINE_enum(
+    'weights',
+    'raw',
+    ('raw', 'averaged', 'update_average'),
+    'predict: with the weights themselves, or their average over epochs or over updates.',
+)
 _CPU_DEVICES = flags.DEFINE_integer(
     'cpu_devices',
     0,
@@ -38,7 +47,7 @@ _CLUSTER = flags.DEFINE_enum(
 )
 
 
-def run(_: list[str]) -> None:
+def run(argv: list[str]) -> None:
     """Sets JAX up as the flags say and hands over."""
     logging.set_verbosity(logging.WARNING)  # absl's default for programs would pass on every library's chatter
     from efficientnet.host_memory import keep_freed_memory
@@ -53,6 +62,12 @@ def run(_: list[str]) -> None:
         cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'efficientnet-jax' / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+    if _MODE.value == 'predict':
+        from efficientnet.predict import predict
+
+        form = 'csv' if _CSV.value else 'json' if _JSON.value else 'text'
+        sys.exit(bool(predict(pathlib.Path(_WORKDIR.value).expanduser(), argv[1:], form, _WEIGHTS.value, sys.stdout)))
 
     from efficientnet import processes, settings, train
 
@@ -74,12 +89,16 @@ def parse(argv: list[str]) -> list[str]:
             _CONFIG.value.keys()  # a recipe that could not be loaded says so only when it is used
     except Exception as error:  # ml_collections raises AttributeError, TypeError, ValueError, … for a bad override
         leave(error)
-    if len(rest) > 1:
+    if len(rest) > 1 and _MODE.value != 'predict':
         leave(f'unexpected argument {rest[1]!r}; flags start with --')
     if not _WORKDIR.value:
         leave('--workdir is missing, such as --workdir=runs/digits')
     if _MODE.value == 'train' and _CONFIG.value is None:
         leave('--config is missing, such as --config=configs/digits.py')
+    if _MODE.value == 'predict' and _CONFIG.value is not None:
+        leave('--config means nothing to --mode=predict, which takes it from the workdir')
+    if _CSV.value and _JSON.value:
+        leave('--csv and --json cannot both be had; give one')
     return rest
 
 
@@ -104,6 +123,9 @@ def main() -> None:
             if speaks(error):
                 leave(error)
             sys.exit(2)
+        except BrokenPipeError:  # whoever reads the predictions, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except Interrupted as error:
             if speaks(error):
                 print(error, flush=True)

@@ -46,15 +46,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.recompute = 'stage'  # in the backward: 'none', each 'block', or each 'stage' but the last; see the README
 
     config.model = ml_collections.ConfigDict()
-    config.model.variant = 'b0'  # b0 … b7: width, depth and dropout
+    config.model.variant = 'b0'  # b0 … b7, lite0 … lite4: width, depth and dropout
     config.model.width = 0.0  # channel multiplier; 0 = the variant's
     config.model.depth = 0.0  # repeat multiplier; 0 = the variant's
+    config.model.width_divisor = 8  # channels are rounded to multiples of it
     config.model.stem_stride = 2  # 1 keeps small images (32 pixels and less) from vanishing
     config.model.strides = (1, 2, 2, 2, 1, 2, 1)  # of the first block of each of the seven stages: 1 or 2
     config.model.group_size = 16  # channels a group in the spatial convolutions: 1 (depthwise), 4, 16
     config.model.expand_ratio = 0  # of MBConv; 0 = 6, 5, 4 for group sizes 1, 4, 16
+    config.model.se_ratio = -1.0  # squeeze-and-excite's channels ÷ the block's input's; 0 = none, -1 = the variant's
+    config.model.activation = ''  # 'swish', 'relu6'; '' = the variant's
     config.model.norm = 'group'  # 'group', 'batch', or 'layer_proxy' (layer norm + proxy norm)
     config.model.norm_groups = 4  # groups of 'group'
+    config.model.norm_group_size = 0  # of 'group', instead of norm_groups: channels a group, the same in all layers
     config.model.norm_layout = 'strided'  # of 'group': channel c in group c mod groups; or 'contiguous'
     config.model.norm_epsilon = 1e-3  # added to the variance
     config.model.batch_norm_decay = 0.97  # of the running statistics, applied once a weight update

@@ -32,6 +32,7 @@ from efficientnet.settings import Fields, check_known, check_used
 from efficientnet.train_state import TrainState, UpdateRule, init_state
 
 Tree = Any
+Sources = tuple[input_pipeline.Source, input_pipeline.Source]  # of training and of test examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +124,12 @@ class Parts:
         )
 
 
-def assemble(config: ml_collections.ConfigDict) -> Parts:
+def assemble(config: ml_collections.ConfigDict, sources: Sources | None = None) -> Parts:
     """Builds and checks the parts of a run.
+
+    Args:
+        config: All fields of configs/base.py.
+        sources: What stands in for the data set that the config names; None opens that.
 
     Raises:
         ConfigError: A field is unknown, unused, out of range or at odds with another.
@@ -134,8 +139,8 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
     fields = Fields(config)
     _check_ranges(fields)
     policy = policy_of(fields.precision.policy)
-    train_source, test_source = _open_sources(fields)
-    model = _make_model(fields.model, len(train_source.classes), policy.compute)
+    train_source, test_source = _open_sources(fields) if sources is None else _stand_ins(fields, sources)
+    model = make_model(fields.model, len(train_source.classes), policy.compute)
     layout = _make_layout(fields, model, policy)
     packings = _make_packings(model, fields.image_size, layout)
     frozen = freezing.frozen_names(fields.optimizer.trainable, packings.params.names, packings.batch_stats.names)
@@ -265,7 +270,7 @@ def _make_layout(fields: Fields, model: EfficientNet, policy: Policy) -> Layout:
     )
 
 
-def _open_sources(fields: Fields) -> tuple[input_pipeline.Source, input_pipeline.Source]:
+def _open_sources(fields: Fields) -> Sources:
     given = fields.input
     train = input_pipeline.open_source(
         fields.dataset, given.train_split, given.dir or None, train_split=given.train_split
@@ -285,9 +290,25 @@ def _open_sources(fields: Fields) -> tuple[input_pipeline.Source, input_pipeline
     return train, test
 
 
-def _make_model(fields: Fields, classes: int, compute: Any) -> EfficientNet:
+def _stand_ins(fields: Fields, sources: Sources) -> Sources:
+    """The sources given; the fields that name others are still true of the run, and so are read."""
+    given = fields.input
+    given.dir, given.train_split, given.test_split, given.test_dataset, given.test_dir, fields.dataset  # noqa: B018
+    if sources[0].image_shape is None:
+        given.cache  # noqa: B018
+    return sources
+
+
+def make_model(fields: Any, classes: int, compute: Any) -> EfficientNet:
+    """Returns the network that a config's `model` section asks for.
+
+    Args:
+        fields: `config.model` of configs/base.py.
+        classes: Number of logits.
+        compute: Dtype of activations.
+    """
     options: dict[str, Any] = {
-        'group': lambda: {'norm_groups': fields.norm_groups, 'norm_layout': fields.norm_layout},
+        'group': lambda: {'norm_layout': fields.norm_layout, **_norm_groups(fields)},
         'batch': lambda: {'norm_axis': AXIS if fields.batch_norm_sync else None},
     }
     return EfficientNet(
@@ -299,6 +320,12 @@ def _make_model(fields: Fields, classes: int, compute: Any) -> EfficientNet:
         dtype=compute,
         **options.get(fields.norm, dict)(),
     )
+
+
+def _norm_groups(fields: Any) -> dict[str, int]:
+    """What says how many groups a group norm has: their number, unless their size is given."""
+    size = fields.norm_group_size
+    return {'norm_group_size': size} if size else {'norm_groups': fields.norm_groups}
 
 
 def _init_variables(model: EfficientNet, image_size: int, key: jax.Array) -> Tree:

@@ -111,16 +111,20 @@ def _stem(spec: ModelSpec, before: int, after: int, norm: str) -> list[_Layer]:
 
 
 def _mbconv(block: BlockSpec, before: int, after: int, norm: str) -> list[_Layer]:
-    layers, mid = [], block.mid_channels
+    expand, gate, mid = [], [], block.mid_channels
     if mid != block.in_channels:
-        layers = [_conv(block.in_channels, mid, before, before), *_norm_swish(mid, before, norm, divided=True)]
+        expand = [_conv(block.in_channels, mid, before, before), *_norm_swish(mid, before, norm, divided=True)]
+    if block.se_channels:
+        gate = [
+            _dense(mid, block.se_channels),
+            _dense(block.se_channels, mid),
+            _Layer(0, kept=mid * after),  # of the gate
+        ]
     return [
-        *layers,
+        *expand,
         _conv(mid, mid, before, after, kernel=block.kernel, groups=block.groups),
         *_norm_swish(mid, after, norm),
-        _dense(mid, block.se_channels),
-        _dense(block.se_channels, mid),
-        _Layer(0, kept=mid * after),  # of the gate
+        *gate,
         _conv(mid, block.out_channels, after, after),
         _project_norm(block.out_channels, after, norm),
     ]

@@ -26,7 +26,15 @@ CLASSIFIER = 'head/classifier/'
 # Fields of a model that don't change what given weights compute in evaluation; the strides do, but go with the size
 # of the images.
 FREE = ('dropout', 'survival', 'conv_method', 'batch_norm_decay', 'batch_norm_sync', 'stem_stride', 'strides')
-SHAPING = ('variant', 'width', 'depth', 'group_size', 'expand_ratio')  # fields that only change shapes
+SHAPING = (
+    'variant',
+    'width',
+    'width_divisor',
+    'depth',
+    'group_size',
+    'expand_ratio',
+    'se_ratio',
+)  # fields that only change shapes
 
 
 class RunWeights(NamedTuple):
@@ -37,21 +45,25 @@ class RunWeights(NamedTuple):
     kind: str  # of `KINDS`
     variables: dict[str, dict[str, np.ndarray]]  # {'params', 'batch_stats'}: {'block1a/expand/kernel': array, …}
     config: dict[str, Any]  # flat, of that run
+    facts: dict[str, Any]  # saved beside the weights
 
 
-def read_weights(path: pathlib.Path, kind: str = 'auto', field: str = 'init_from') -> RunWeights:
+def read_weights(
+    path: pathlib.Path, kind: str = 'auto', field: str = 'init_from', kind_field: str = 'init_weights'
+) -> RunWeights:
     """Reads the weights of a run's newest whole checkpoint.
 
     Args:
         path: The run's folder.
         kind: One of `KINDS`, or 'auto' for the first of them that the run has.
         field: What to call the folder in a message.
+        kind_field: What to call the kind.
 
     Raises:
         ConfigError: There is no run, no whole checkpoint, or no average of that kind.
     """
     if kind not in ('auto', *KINDS):
-        raise ConfigError(f'init_weights={kind!r} is unknown; choose one of auto, {", ".join(KINDS)}')
+        raise ConfigError(f'{kind_field}={kind!r} is unknown; choose one of auto, {", ".join(KINDS)}')
     if not (path / CONFIG).is_file():
         raise ConfigError(f'{field}={path} holds no run: there is no {CONFIG} in it')
     config = flatten(read_stored(path))
@@ -71,9 +83,9 @@ def read_weights(path: pathlib.Path, kind: str = 'auto', field: str = 'init_from
         trees['averaged'] = None
     chosen = next(name for name, tree in trees.items() if tree) if kind == 'auto' else kind
     if not trees[chosen]:
-        raise ConfigError(f'init_weights={kind!r}: {path} has no such average at step {facts["position"]}; take raw')
+        raise ConfigError(f'{kind_field}={kind!r}: {path} has no such average at step {facts["position"]}; take raw')
     variables = {name: flatten_dict(trees[chosen].get(name, {}), sep='/') for name in ('params', 'batch_stats')}
-    return RunWeights(path, facts['position'], chosen, variables, config)
+    return RunWeights(path, facts['position'], chosen, variables, config, facts)
 
 
 def fit_weights(

@@ -15,13 +15,14 @@ from jax import Array
 
 from efficientnet.convolution import METHODS, Padding, grouped_conv
 from efficientnet.errors import ConfigError
-from efficientnet.normalization import BatchNorm, GroupNorm, Layout, ProxyNormSwish
+from efficientnet.normalization import BatchNorm, GroupNorm, Layout, ProxyNormSwish, Shift
 from efficientnet.random_keys import layer_keys
 from efficientnet.scaling import BlockSpec, ModelSpec, block_names
 
 SHARED = (
     'norm',
     'norm_groups',
+    'norm_group_size',
     'norm_layout',
     'norm_axis',
     'epsilon',
@@ -58,8 +59,11 @@ class Layers(nn.Module):
     """What stem, blocks and head have in common: the choice of normalisation, padding and dtype.
 
     Attributes:
-        norm: 'group', 'batch', or 'layer_proxy' (layer norm and proxy norm).
+        activation: 'swish' or 'relu6', as the spec has it.
+        norm: 'group', 'batch', 'layer_proxy' (layer norm and proxy norm), or 'folded', a shift that is left of 'batch'
+            once its factor is part of the kernel before it.
         norm_groups: groups of 'group'.
+        norm_group_size: channels a group of 'group'; 0 = as norm_groups says.
         norm_layout: 'strided' or 'contiguous' groups of 'group'.
         norm_axis: of 'batch', mapped axis over which statistics are taken together; None = each device its own.
         epsilon: added to the variance.
@@ -69,8 +73,10 @@ class Layers(nn.Module):
         frozen_norms: of 'batch', names such as 'block1a/expand_norm': they work as in evaluation in training too.
     """
 
-    norm: Literal['group', 'batch', 'layer_proxy'] = 'group'
+    activation: str = 'swish'
+    norm: Literal['group', 'batch', 'layer_proxy', 'folded'] = 'group'
     norm_groups: int = 4
+    norm_group_size: int = 0
     norm_layout: Layout = 'strided'
     norm_axis: str | None = None
     epsilon: float = 1e-3
@@ -79,12 +85,22 @@ class Layers(nn.Module):
     dtype: Any = jnp.float32
     frozen_norms: frozenset[str] = frozenset()
 
-    def normalize(self, name: str, x: Array, train: bool, swish: bool = False) -> Array:
-        """Group or batch norm, and swish if wanted."""
-        if self.norm == 'batch':
+    def normalize(self, name: str, x: Array, train: bool, activate: bool = False) -> Array:
+        """Group or batch norm, and the activation if wanted."""
+        swish = activate and self.activation == 'swish'
+        if self.norm == 'group':
+            groups = max(x.shape[3] // self.norm_group_size, 1) if self.norm_group_size else self.norm_groups
+            x = GroupNorm(groups, self.norm_layout, self.epsilon, swish=swish, name=name)(x)
+        elif self.norm == 'batch':
             train = train and f'{self.name}/{name}' not in self.frozen_norms
-            return BatchNorm(self.epsilon, self.norm_axis, swish, name=name)(x, train=train)
-        return GroupNorm(self.norm_groups, self.norm_layout, self.epsilon, swish=swish, name=name)(x)
+            x = BatchNorm(self.epsilon, self.norm_axis, swish, name=name)(x, train=train)
+        else:
+            x = Shift(swish, name=name)(x)
+        return self.activate(x) if activate and not swish else x
+
+    def activate(self, x: Array) -> Array:
+        """Swish or ReLU6."""
+        return nn.swish(x) if self.activation == 'swish' else nn.relu6(x)
 
     def normalize_swish(self, name: str, x: Array, train: bool) -> Array:
         """Norm and activation."""
@@ -95,11 +111,11 @@ class Layers(nn.Module):
         """As above without proxy norm's division; returns the factor [C] that is still due, or None."""
         if self.norm == 'layer_proxy':
             return ProxyNormSwish(self.epsilon, name=name)(x)
-        return self.normalize(name, x, train, swish=True), None
+        return self.normalize(name, x, train, activate=True), None
 
 
 class Stem(Layers, kw_only=True):
-    """3x3 convolution, norm, swish."""
+    """3x3 convolution, norm, activation."""
 
     features: int
     stride: int
@@ -134,12 +150,12 @@ class MBConv(Layers, kw_only=True):
             name='spatial',
         )(x)
         x, factor = self.normalize_swish_deferred('spatial_norm', x, train)
-        gate = self._gate(x)
+        gate = self._gate(x) if spec.se_channels else None
         if factor is not None:
             # Proxy norm's division of every element becomes a division of the gate; the gate itself looks
             # at the undivided activation, as in the reference.
-            gate = gate * factor.astype(gate.dtype)[None]
-        x = Conv(spec.out_channels, name='project')(x * gate[:, None, None, :])
+            gate = factor.astype(x.dtype)[None] * (1 if gate is None else gate)
+        x = Conv(spec.out_channels, name='project')(x if gate is None else x * gate[:, None, None, :])
         if self.norm == 'layer_proxy':
             # No activation follows, hence no proxy norm; without a shift the channels cannot drift apart.
             x = GroupNorm(1, epsilon=self.epsilon, use_bias=False, name='project_norm')(x)
@@ -152,16 +168,16 @@ class MBConv(Layers, kw_only=True):
         return x + inputs
 
     def _gate(self, x: Array) -> Array:
-        """Squeeze-and-excite: sigmoid(W2 swish(W1 mean(x) + b1) + b2), [N, C]."""
+        """Squeeze-and-excite: sigmoid(W2 act(W1 mean(x) + b1) + b2), [N, C]."""
         options = {'dtype': x.dtype, 'param_dtype': jnp.float32, 'kernel_init': DENSE_INIT}
         pooled = x.astype(jnp.float32).mean((1, 2)).astype(x.dtype)
-        hidden = nn.swish(nn.Dense(self.spec.se_channels, name='se_reduce', **options)(pooled))
+        hidden = self.activate(nn.Dense(self.spec.se_channels, name='se_reduce', **options)(pooled))
         gate = nn.sigmoid(nn.Dense(self.spec.mid_channels, name='se_expand', **options)(hidden))
         return jax.lax.optimization_barrier(gate)  # or it would be computed anew in every pixel
 
 
 class Head(Layers, kw_only=True):
-    """1x1 convolution, norm, swish, global average pool, dropout, classifier."""
+    """1x1 convolution, norm, activation, global average pool, dropout, classifier."""
 
     features: int
     classes: int
@@ -231,8 +247,12 @@ class EfficientNet(Layers, kw_only=True):
         start = known.index(names[0]) if names and names[0] in known else 0
         if not names or known[start : start + len(names)] != names:
             raise ConfigError(f'blocks={names} must be consecutive names of {known}')
-        if self.norm not in NORMS:
+        if self.norm not in (*NORMS, 'folded'):
             raise ConfigError(f'norm={self.norm!r} must be one of {", ".join(NORMS)}')
+        if self.norm == 'layer_proxy' and self.spec.activation != 'swish':
+            raise ConfigError(
+                f'norm=layer_proxy needs activation=swish, its proxy is of that, got {self.spec.activation}'
+            )
         if self.conv_method not in ('auto', *METHODS):
             raise ConfigError(f'conv_method={self.conv_method!r} must be auto, {", ".join(METHODS)}')
         return names
@@ -245,8 +265,8 @@ class EfficientNet(Layers, kw_only=True):
         return tuple(name for name in random if name in names)
 
     def _block(self, name: str) -> nn.Module:
-        common = {field: getattr(self, field) for field in SHARED}
         spec = self.spec
+        common = {field: getattr(self, field) for field in SHARED} | {'activation': spec.activation}
         if name == 'stem':
             return Stem(features=spec.stem_channels, stride=spec.stem_stride, name=name, **common)
         if name == 'head':

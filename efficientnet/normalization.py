@@ -247,6 +247,23 @@ class BatchNorm(nn.Module):
         return y
 
 
+class Shift(nn.Module):
+    """What is left of a batch norm whose factor has been multiplied into the kernel before it: x + bias.
+
+    Attributes:
+        swish: True applies swish after it.
+    """
+
+    swish: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Shifts x [N, H, W, C] by a parameter [C]; input and output share a dtype."""
+        bias = self.param('bias', nn.initializers.zeros, (x.shape[3],), jnp.float32).astype(jnp.float32)
+        y = x.astype(jnp.float32) + bias[None, None, None, :]
+        return (nn.swish(y) if self.swish else y).astype(x.dtype)
+
+
 class ProxyNormSwish(nn.Module):
     """Layer norm, affine, swish, and the normalisation of the activation by its proxy's moments.
 

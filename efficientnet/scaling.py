@@ -6,20 +6,32 @@ stated once and no array library is needed to apply them.
 """
 
 import dataclasses
+import functools
 import math
 import string
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from efficientnet.errors import ConfigError
 
 
 class Variant(NamedTuple):
-    """Multipliers of width and depth, dropout rate before the classifier, native resolution in pixels."""
+    """One row of the tables below.
+
+    Attributes:
+        width: multiplier of channels.
+        depth: multiplier of repeats.
+        dropout: rate before the classifier.
+        resolution: native image side in pixels.
+        lite: whether it is made for phones: stem, head and the repeats of the first and the last stage are not
+            scaled, there is no squeeze-and-excite, and the activation is ReLU6.
+    """
 
     width: float
     depth: float
     dropout: float
     resolution: int
+    lite: bool = False
 
 
 VARIANTS = {
@@ -31,6 +43,11 @@ VARIANTS = {
     'b5': Variant(1.6, 2.2, 0.4, 456),
     'b6': Variant(1.8, 2.6, 0.5, 528),
     'b7': Variant(2.0, 3.1, 0.5, 600),
+    'lite0': Variant(1.0, 1.0, 0.2, 224, lite=True),
+    'lite1': Variant(1.0, 1.1, 0.2, 240, lite=True),
+    'lite2': Variant(1.1, 1.2, 0.3, 260, lite=True),
+    'lite3': Variant(1.2, 1.4, 0.3, 280, lite=True),
+    'lite4': Variant(1.4, 1.8, 0.3, 300, lite=True),
 }
 
 # One row a stage of the B0 network: kernel, repeats, input channels, output channels, stride of the first
@@ -48,6 +65,7 @@ BASE_STRIDES = tuple(stage[4] for stage in BASE_STAGES)
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
 SE_RATIO = 0.25
+ACTIVATIONS = ('swish', 'relu6')
 
 # Expand ratios that keep the parameter count about equal while the spatial convolution grows denser.
 EXPAND_RATIOS = {1: 6, 4: 5, 16: 4}
@@ -65,7 +83,7 @@ class BlockSpec:
         mid_channels: channels of the spatial convolution; equal to `in_channels` when there is no expansion.
         out_channels: channels that leave the block.
         groups: groups of the spatial convolution.
-        se_channels: squeezed channels of squeeze-and-excite.
+        se_channels: squeezed channels of squeeze-and-excite; 0 = there is none.
         survival: probability that stochastic depth keeps the block's residual branch.
     """
 
@@ -90,7 +108,7 @@ class ModelSpec:
     """A whole network: stem, blocks in order, head.
 
     Attributes:
-        variant: the name the multipliers came from, 'b0' to 'b7'.
+        variant: the name the multipliers came from, 'b0' to 'b7' or 'lite0' to 'lite4'.
         stem_channels: output channels of the stem's 3x3 convolution.
         stem_stride: its stride, 2 (reference) or 1 (small images).
         blocks: the MBConv blocks in order.
@@ -98,6 +116,7 @@ class ModelSpec:
         classes: number of logits.
         dropout: dropout rate before the classifier.
         resolution: the variant's native image side in pixels.
+        activation: 'swish' or 'relu6', throughout.
     """
 
     variant: str
@@ -108,13 +127,14 @@ class ModelSpec:
     classes: int
     dropout: float
     resolution: int
+    activation: str = 'swish'
 
 
-def round_width(channels: int, multiplier: float) -> int:
-    """Scales a channel count to the nearest multiple of 8 that is not below 90 % of the exact value."""
+def round_width(channels: int, multiplier: float, divisor: int = 8) -> int:
+    """Scales a channel count to the nearest multiple of `divisor` that is not below 90 % of the exact value."""
     exact = channels * multiplier
-    rounded = max(8, int(exact + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * exact else rounded
+    rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * exact else rounded
 
 
 def model_spec(
@@ -129,6 +149,9 @@ def model_spec(
     strides: tuple[int, ...] = BASE_STRIDES,
     dropout: float | None = None,
     survival: float = 0.8,
+    width_divisor: int = 8,
+    se_ratio: float | None = None,
+    activation: str | None = None,
 ) -> ModelSpec:
     """Applies the compound scaling rules.
 
@@ -136,7 +159,7 @@ def model_spec(
     `max(mid // group_size, 1)` groups. Block b of B survives with probability `1 - (1 - survival) * b / B`.
 
     Args:
-        variant: 'b0' to 'b7'.
+        variant: 'b0' to 'b7' or 'lite0' to 'lite4'.
         group_size: channels a group of the spatial convolution; 1 is depthwise.
         expand_ratio: expansion of all stages but the first; None takes 6, 5, 4 for group sizes 1, 4, 16.
         width: channel multiplier; None takes the variant's.
@@ -146,6 +169,9 @@ def model_spec(
         strides: of the first block of every stage, 1 or 2 each.
         dropout: rate before the classifier, in [0, 1); None takes the variant's.
         survival: survival probability that the last blocks tend to, in (0, 1].
+        width_divisor: what all scaled channel counts are multiples of.
+        se_ratio: squeezed channels ÷ input channels of a block, 0 for no squeeze-and-excite; None takes the variant's.
+        activation: 'swish' or 'relu6'; None takes the variant's.
 
     Returns:
         The network as data.
@@ -162,6 +188,8 @@ def model_spec(
     width = base.width if width is None else width
     depth = base.depth if depth is None else depth
     dropout = base.dropout if dropout is None else dropout
+    se_ratio = (0.0 if base.lite else SE_RATIO) if se_ratio is None else se_ratio
+    activation = ('relu6' if base.lite else 'swish') if activation is None else activation
     _require(isinstance(group_size, int) and group_size >= 1, 'group_size', group_size, 'an integer >= 1')
     if expand_ratio is None:
         if group_size not in EXPAND_RATIOS:
@@ -179,18 +207,23 @@ def model_spec(
     _require(fits, 'strides', strides, f'{len(BASE_STAGES)} numbers, each 1 or 2')
     _require(0 <= dropout < 1, 'dropout', dropout, 'in [0, 1)')
     _require(0 < survival <= 1, 'survival', survival, 'in (0, 1]')
+    _require(isinstance(width_divisor, int) and width_divisor >= 1, 'width_divisor', width_divisor, 'an integer >= 1')
+    _require(0 <= se_ratio <= 1, 'se_ratio', se_ratio, 'in [0, 1]')
+    _require(activation in ACTIVATIONS, 'activation', activation, f'one of {", ".join(ACTIVATIONS)}')
 
-    blocks = _blocks(width, depth, group_size, expand_ratio, strides, survival)
+    rounded = functools.partial(round_width, multiplier=width, divisor=width_divisor)
+    blocks = _blocks(rounded, depth, group_size, expand_ratio, strides, survival, se_ratio, base.lite)
     _check_groups(variant, blocks, group_size)
     return ModelSpec(
         variant=variant,
-        stem_channels=round_width(STEM_CHANNELS, width),
+        stem_channels=STEM_CHANNELS if base.lite else rounded(STEM_CHANNELS),
         stem_stride=stem_stride,
         blocks=blocks,
-        head_channels=round_width(HEAD_CHANNELS, width),
+        head_channels=HEAD_CHANNELS if base.lite else rounded(HEAD_CHANNELS),
         classes=classes,
         dropout=dropout,
         resolution=base.resolution,
+        activation=activation,
     )
 
 
@@ -212,6 +245,9 @@ def configured_spec(fields: Any, classes: int) -> ModelSpec:
         strides=fields.strides,
         dropout=None if fields.dropout == -1 else fields.dropout,
         survival=fields.survival,
+        width_divisor=fields.width_divisor,
+        se_ratio=None if fields.se_ratio == -1 else fields.se_ratio,
+        activation=fields.activation or None,
     )
 
 
@@ -248,14 +284,24 @@ def _require(holds: bool, field: str, value: object, wanted: str) -> None:
 
 
 def _blocks(
-    width: float, depth: float, group_size: int, expand_ratio: int, strides: tuple[int, ...], survival: float
+    rounded: Callable[[int], int],
+    depth: float,
+    group_size: int,
+    expand_ratio: int,
+    strides: tuple[int, ...],
+    survival: float,
+    se_ratio: float,
+    lite: bool,
 ) -> tuple[BlockSpec, ...]:
     repeats = [math.ceil(depth * stage[1]) for stage in BASE_STAGES]
+    if lite:
+        repeats[0], repeats[-1] = BASE_STAGES[0][1], BASE_STAGES[-1][1]
     _require(max(repeats) <= 26, 'depth', depth, 'at most 6.5, so that 26 letters name the blocks of a stage')
     blocks = []
     for number, (kernel, _, inputs, outputs, _, expands) in enumerate(BASE_STAGES, start=1):
         for index in range(repeats[number - 1]):
-            channels = round_width(inputs if index == 0 else outputs, width)
+            fixed = lite and number == 1 and index == 0  # what leaves the stem
+            channels = inputs if fixed else rounded(inputs if index == 0 else outputs)
             mid = channels * expand_ratio if expands else channels
             blocks.append(
                 BlockSpec(
@@ -264,9 +310,9 @@ def _blocks(
                     stride=strides[number - 1] if index == 0 else 1,
                     in_channels=channels,
                     mid_channels=mid,
-                    out_channels=round_width(outputs, width),
+                    out_channels=rounded(outputs),
                     groups=max(mid // group_size, 1),
-                    se_channels=max(1, int(SE_RATIO * channels)),
+                    se_channels=max(1, int(se_ratio * channels)) if se_ratio else 0,
                     survival=1 - (1 - survival) * len(blocks) / sum(repeats),
                 )
             )

@@ -10,6 +10,7 @@ import ml_collections
 from efficientnet import processes
 from efficientnet.assemble import Parts, assemble
 from efficientnet.checkpoints import Checkpoints
+from efficientnet.dataset_facts import check_classes, facts_of
 from efficientnet.errors import ConfigError, RunError
 from efficientnet.evaluation import run_evaluation
 from efficientnet.initial_weights import fit_weights, read_weights
@@ -74,6 +75,7 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
         config.stages, config.splits, config.pipeline = 1, 'auto', 'grouped'
         config.augment.mixup_alpha = config.augment.cutmix_probability = 0.0  # nothing is mixed with micro_batch=1
     parts = _assemble(config)
+    processes.from_first(lambda: check_classes(workdir, facts_of(parts.train_source)))
     with Interrupt() as interrupt:
         run = Run(parts, workdir, interrupt, owner=False)
         try:

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 
 from efficientnet.assemble import Parts
+from efficientnet.dataset_facts import check_classes, facts_of, write_facts
 from efficientnet.errors import ConfigError, RunError
 from efficientnet.reporting import write_json
 from efficientnet.settings import CHECKPOINTS, CONFIG, check_resumable, flatten, read_stored
@@ -38,9 +39,11 @@ def claim(workdir: pathlib.Path, parts: Parts) -> Iterator[None]:
             raise ConfigError(f'--workdir={workdir} is in use by another process; give another one') from error
         if (workdir / CONFIG).exists():
             check_resumable(flatten(read_stored(workdir)), flatten(config), str(workdir))
+        check_classes(workdir, facts_of(parts.train_source))
         _check_room(workdir, parts)
         with writing(workdir, 0):
             write_json(workdir / CONFIG, config)
+            write_facts(workdir, facts_of(parts.train_source))
         yield
 
 

@@ -1,0 +1,179 @@
+"""Brings trained weights in from elsewhere: makes a folder that --mode=predict and --mode=evaluate take like any run.
+
+  python -m efficientnet.convert model.safetensors runs/b0 --architecture=tf_efficientnet_b0
+  python -m efficientnet.convert efficientnet-b0/model.ckpt runs/b0
+  python -m efficientnet.convert cars.pth runs/cars --architecture=efficientnet_b2 --classes=cars.txt
+  python -m efficientnet.convert runs/digits runs/averaged --weights=averaged
+
+SOURCE is a state dict of timm, torchvision or EfficientNet-PyTorch (.safetensors, .pth), a checkpoint of the original
+TensorFlow code, a file that efficientnet.export wrote, or a run. What the tensors don't say (padding, epsilon, scaling
+of pixels) is looked up by the architecture's name; any field may be set over it: --config.input.crop_ratio=0.9.
+"""
+
+import json
+import pathlib
+import sys
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from configs import base
+from efficientnet import architectures, naming, state_dicts
+from efficientnet.class_names import imagenet
+from efficientnet.dataset_facts import DatasetFacts
+from efficientnet.errors import ConfigError
+from efficientnet.settings import CHECKPOINTS, CONFIG, flatten
+from efficientnet.weights import Trained, read_run, variable_shapes, write_run
+from input_pipeline.errors import DataError
+
+CARD = 'model_card'  # key of our metadata in a safetensors file
+
+
+def convert(
+    source: pathlib.Path,
+    dest: pathlib.Path,
+    *,
+    architecture: str = '',
+    kind: str = 'auto',
+    classes: pathlib.Path | None = None,
+    overrides: dict[str, object] | None = None,
+) -> Trained:
+    """Writes a run with the weights of `source`.
+
+    Args:
+        source: A file of weights, a TensorFlow checkpoint or a run.
+        dest: Folder to make; must not exist.
+        architecture: As timm calls it; '' looks for it in the file's name and in what lies beside it.
+        kind: 'raw', 'averaged', 'update_average' (runs only), or 'auto': the average where a foreign file has one.
+        classes: File with the class names, one a line; None takes ImageNet's for 1,000 classes.
+        overrides: Fields of the config by dotted name.
+
+    Raises:
+        ConfigError: Anything does not fit; nothing is written.
+    """
+    if dest.exists():
+        raise ConfigError(f'{dest} exists; give a folder that does not')
+    if (source / CONFIG).is_file() and (source / CHECKPOINTS).is_dir():
+        trained = read_run(source, 'raw' if kind == 'auto' else kind)
+    else:
+        found = state_dicts.read(source, kind)
+        if CARD in found.metadata:
+            trained = _from_card(found, json.loads(found.metadata[CARD]))
+        else:
+            trained = _from_foreign(found, source, architecture, classes, overrides or {})
+    write_run(dest, trained)
+    return trained
+
+
+def _from_card(found: state_dicts.StateDict, card: dict) -> Trained:
+    """A file that we exported says everything about itself."""
+    config = ml_collections.ConfigDict(card['config'], convert_dict=True)
+    dataset = DatasetFacts(tuple(card['dataset']['classes']), card['dataset']['image_shape'])
+    trained = Trained(config, dataset, {}, card['weights'], card['step'], card['accuracy'])
+    return trained._replace(variables=naming.to_ours(found.arrays, variable_shapes(trained), 'timm'))
+
+
+def _from_foreign(
+    found: state_dicts.StateDict,
+    source: pathlib.Path,
+    architecture: str,
+    classes: pathlib.Path | None,
+    overrides: dict[str, object],
+) -> Trained:
+    scheme, prefix = naming.detect(found.arrays)
+    beside = state_dicts.timm_config(source) if scheme == 'timm' else {}
+    told = (
+        architecture or beside.get('architecture') or architectures.find_name(prefix, source.stem, source.parent.name)
+    )
+    if not told:
+        raise ConfigError(
+            f'{source} does not say which architecture it is, which decides padding, epsilon and more; '
+            'say it: --architecture=tf_efficientnet_b0'
+        )
+    fields = architectures.fields_of(scheme, told)
+    fields |= architectures.fields_of_timm_config(beside.get('pretrained_cfg', {})) | overrides
+    dataset = DatasetFacts(_class_names(found, scheme, prefix, classes), None)
+    trained = Trained(_config(fields), dataset, {}, found.kind, 0, {})
+    suffix = naming.AVERAGE if scheme == 'tensorflow' and found.kind == 'averaged' else ''
+    variables = naming.to_ours(found.arrays, variable_shapes(trained), scheme, prefix, suffix)
+    return trained._replace(variables=variables)
+
+
+def _class_names(found: state_dicts.StateDict, scheme: str, prefix: str, path: pathlib.Path | None) -> tuple[str, ...]:
+    bias = naming.entries(['params.head.classifier.bias'], scheme, prefix)['params.head.classifier.bias'].name
+    if bias not in found.arrays:
+        raise ConfigError(f'there is no {bias}: weights without a classifier cannot be converted')
+    count = len(found.arrays[bias])
+    if path is None and count == len(imagenet()):
+        return tuple(imagenet())
+    if path is None:
+        raise ConfigError(f'the classifier has {count} classes; name them: --classes=FILE with one name a line')
+    try:
+        names = tuple(path.read_text().splitlines())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'--classes={path} cannot be read: {error}') from error
+    if len(names) != count:
+        raise ConfigError(f'--classes={path} has {len(names)} lines, the classifier has {count} classes')
+    return names
+
+
+def _config(fields: dict[str, object]) -> ml_collections.ConfigDict:
+    config = base.get_config()
+    config.dataset, config.input.test_split = 'imagenet2012', 'validation'
+    config.precision.policy = '32.32'
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def main() -> None:
+    """Converts; whatever is wrong is one line."""
+    config = config_flags.DEFINE_config_dict('config', base.get_config(), 'Fields to set in the run that is made.')
+    name = flags.DEFINE_string(
+        'architecture', '', "As timm calls it, such as tf_efficientnet_b0; '' = as the file says."
+    )
+    kinds = ('auto', 'raw', 'averaged', 'update_average')
+    kind = flags.DEFINE_enum('weights', 'auto', kinds, 'Which; auto = the average where a foreign file has one.')
+    classes = flags.DEFINE_string('classes', None, "File with a class name a line; needed unless they are ImageNet's.")
+
+    def leave(problem: object) -> None:
+        print('error: ' + ' '.join(str(problem).split()), file=sys.stderr)
+        sys.exit(2)
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+        except Exception as error:  # ml_collections raises AttributeError, TypeError, ValueError, …
+            leave(error)
+        if len(rest) != 3:
+            leave('give SOURCE and DEST, such as: python -m efficientnet.convert model.safetensors runs/b0')
+        return rest
+
+    def run(argv: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)
+        source, dest = (pathlib.Path(argument).expanduser() for argument in argv[1:])
+        given = flatten(config.value)
+        chosen = {field: given[field] for field in config_flags.get_override_values(flags.FLAGS['config'])}
+        try:
+            trained = convert(
+                source,
+                dest,
+                architecture=name.value,
+                kind=kind.value,
+                classes=pathlib.Path(classes.value) if classes.value else None,
+                overrides=chosen,
+            )
+        except (ConfigError, DataError) as error:
+            leave(error)
+        c = trained.config
+        print(
+            f'{dest}: {c.model.variant}, group size {c.model.group_size}, norm {c.model.norm}, padding '
+            f'{c.model.padding}, epsilon {c.model.norm_epsilon:g}, {len(trained.dataset.classes):,} classes, '
+            f'{c.image_size} pixels, weights {trained.kind}'
+        )
+
+    app.run(run, flags_parser=parse)
+
+
+if __name__ == '__main__':
+    main()
