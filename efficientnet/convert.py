@@ -24,10 +24,8 @@ from efficientnet.class_names import imagenet
 from efficientnet.dataset_facts import DatasetFacts
 from efficientnet.errors import ConfigError
 from efficientnet.settings import CHECKPOINTS, CONFIG, flatten
-from efficientnet.weights import Trained, read_run, variable_shapes, write_run
+from efficientnet.weights import CARD, Trained, read_run, variable_shapes, write_run
 from input_pipeline.errors import DataError
-
-CARD = 'model_card'  # key of our metadata in a safetensors file
 
 
 def convert(

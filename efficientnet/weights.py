@@ -1,6 +1,5 @@
 """The weights of a run apart from its training: what prediction and export read and what conversion writes."""
 
-import functools
 import json
 import pathlib
 import shutil
@@ -28,6 +27,7 @@ from input_pipeline.sources import ArraySource, Source
 
 Tree = Any
 
+CARD = 'model_card'  # name of what an exported file says about itself in its metadata
 COLUMNS = {  # of metrics.csv: test accuracy by kind of weights
     'raw': 'test_accuracy',
     'averaged': 'test_accuracy_averaged',
@@ -109,9 +109,8 @@ def write_run(dest: pathlib.Path, trained: Trained) -> None:
     check_shapes(trained, str(dest))
     trained = trained._replace(config=deployed_config(trained.config, max(trained.step, 1)))
     parts = assemble(trained.config, (_placeholder(trained.dataset),) * 2)
-    build = functools.partial(init_state, optimizer=parts.optimizer, packings=parts.packings, rule=parts.rule)
-    packed = jax.device_get(jax.jit(build)(trained.variables))
-    state = unpack_state(packed, parts.packings)._replace(step=np.int32(trained.step))
+    packed = init_state(trained.variables, np.uint32(0), parts.optimizer, parts.packings, parts.rule)
+    state = unpack_state(jax.device_get(packed), parts.packings)._replace(step=np.int32(trained.step))
     facts = {
         'evaluation': trained.evaluation if trained.kind == 'raw' else {},
         'evaluated_at': parts.total_steps if trained.kind == 'raw' and trained.evaluation else 0,

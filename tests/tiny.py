@@ -3,6 +3,7 @@
 import dataclasses
 from unittest import mock
 
+import flax
 import jax
 import ml_collections
 import numpy as np
@@ -10,8 +11,11 @@ import numpy as np
 from configs import base
 from efficientnet import scaling
 from efficientnet.assemble import Parts, assemble
+from efficientnet.dataset_facts import DatasetFacts
+from efficientnet.precision import policy as policy_of
 from efficientnet.programs import compile_update
 from efficientnet.train_state import TrainState
+from efficientnet.weights import Trained, variable_shapes
 
 
 def tiny_config(**changes: object) -> ml_collections.ConfigDict:
@@ -66,3 +70,17 @@ def run_updates(parts: Parts, count: int, state: TrainState | None = None) -> tu
         state, found = program(state, batch, stop)
         metrics.append({name: np.asarray(value) for name, value in found.items()})
     return parts.grid.fetch(state), metrics
+
+
+def tiny_trained(classes: int = 10, image_shape: tuple[int, ...] | None = (8, 8, 3), **changes: object) -> Trained:
+    """Returns a model with weights drawn by numpy, none of them 0 or 1, in the master format of its policy."""
+    config = tiny_config(**{'model__conv_method': 'native'} | changes)
+    names = tuple(f'class {number}' for number in range(classes))
+    trained = Trained(config, DatasetFacts(names, image_shape), {}, 'raw', 7, {'test_accuracy': 0.5})
+    rng, flat = np.random.default_rng(0), {}
+    for name, shape in variable_shapes(trained).items():
+        dtype = policy_of(config.precision.policy).master if name.startswith('params') else np.float32
+        spread = (2 / np.prod(shape[:-1])) ** 0.5 if len(shape) > 1 else 0.3
+        values = rng.uniform(0.5, 1.5, shape) if name.endswith(('scale', 'var')) else rng.normal(0, spread, shape)
+        flat[name] = values.astype(dtype)
+    return trained._replace(variables=flax.traverse_util.unflatten_dict(flat, sep='.'))
