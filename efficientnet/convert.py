@@ -50,7 +50,7 @@ def convert(
     Raises:
         ConfigError: Anything does not fit; nothing is written.
     """
-    if dest.exists():
+    if dest.exists():  # before the work rather than after it
         raise ConfigError(f'{dest} exists; give a folder that does not')
     if (source / CONFIG).is_file() and (source / CHECKPOINTS).is_dir():
         trained = read_run(source, 'raw' if kind == 'auto' else kind)

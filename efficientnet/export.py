@@ -89,7 +89,8 @@ def in_policy(trained: Trained, name: str) -> Trained:
     if not name:
         return trained
     master = policy_of(name).master
-    params = jax.tree.map(lambda leaf: leaf.astype(master), trained.variables['params'])
+    with np.errstate(over='ignore'):  # found below
+        params = jax.tree.map(lambda leaf: leaf.astype(master), trained.variables['params'])
     if not all(np.isfinite(leaf.astype(np.float32)).all() for leaf in jax.tree.leaves(params)):
         raise ConfigError(f'--policy={name}: some weights are too large for {master}; take another policy')
     config = trained.config.copy_and_resolve_references()

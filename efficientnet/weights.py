@@ -1,6 +1,7 @@
 """The weights of a run apart from its training: what prediction and export read and what conversion writes."""
 
 import json
+import os
 import pathlib
 import shutil
 from typing import Any, NamedTuple
@@ -106,6 +107,8 @@ def write_run(dest: pathlib.Path, trained: Trained) -> None:
         ConfigError: The folder exists or cannot be written, the variables are not those of the config, or a field
             of it is out of range.
     """
+    if dest.exists():
+        raise ConfigError(f'{dest} exists; give a folder that does not')
     check_shapes(trained, str(dest))
     trained = trained._replace(config=deployed_config(trained.config, max(trained.step, 1)))
     parts = assemble(trained.config, (_placeholder(trained.dataset),) * 2)
@@ -117,10 +120,9 @@ def write_run(dest: pathlib.Path, trained: Trained) -> None:
         'best': {'accuracy': -1.0, 'step': 0},
         'clock': {},
     }
-    draft = dest.with_name(f'{dest.name}.tmp')
+    draft = dest.with_name(f'.{dest.name}.{os.getpid()}')
     try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
+        draft.mkdir(parents=True)
         with writing(draft, 0):
             write_json(draft / CONFIG, json.loads(json.dumps(parts.config.to_dict())))
             write_facts(draft, trained.dataset)

@@ -1,14 +1,13 @@
 """Weights from elsewhere: the same logits as the library they come from, and one line for what does not fit."""
 
 import functools
-import json
 
 import jax
 import numpy as np
 import pytest
 
 from efficientnet.convert import convert
-from efficientnet.errors import ConfigError, RunError
+from efficientnet.errors import RunError
 from efficientnet.weights import read_run
 from experiments.timm_import import import_timm
 

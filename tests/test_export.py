@@ -1,0 +1,120 @@
+"""What leaves: the same weights bit for bit, and programs that run without this code."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from efficientnet.convert import convert
+from efficientnet.errors import ConfigError
+from efficientnet.export import export, fold_batch_norm, in_policy, model_card, program, to_onnx, to_stablehlo
+from efficientnet.predict import make_probabilities
+from efficientnet.weights import read_run, write_run
+from tests.tiny import tiny_trained
+
+# Runs in a folder without this code, with -I: neither PYTHONPATH nor the current folder are looked at.
+SCRIPT = """
+import importlib.util, sys
+import jax.export, numpy as np
+assert importlib.util.find_spec('efficientnet') is None
+call = jax.jit(jax.export.deserialize(bytearray(open(sys.argv[1], 'rb').read())).call)
+images = np.load(sys.argv[2])
+np.savez(sys.argv[3], some=call(images[:3]), all=call(images))
+"""
+
+
+@pytest.fixture(scope='module')
+def trained():
+    return tiny_trained(model__norm='batch', model__group_size=4, precision__policy='32.32')
+
+
+@pytest.fixture(scope='module')
+def images():
+    return np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+
+
+@pytest.fixture(scope='module')
+def want(trained, images):
+    """Probabilities by the network itself, batch norm and all."""
+    return np.asarray(jax.jit(make_probabilities(trained))(trained.variables, images))
+
+
+def test_folding_batch_norm_changes_nothing(trained, images, want):
+    folded, options = fold_batch_norm(trained)
+    assert options == {'norm': 'folded'}
+    assert 'batch_stats' not in folded.variables
+    assert not any('scale' in layer for block in folded.variables['params'].values() for layer in block.values())
+    np.testing.assert_allclose(jax.jit(program(trained))(images), want, rtol=1e-4, atol=1e-6)
+    assert want.std() > 0.01
+    group = tiny_trained()
+    assert fold_batch_norm(group) == (group, {})
+
+
+def test_stablehlo_runs_where_this_code_is_not(trained, images, want, tmp_path):
+    (tmp_path / 'model').write_bytes(to_stablehlo(trained, {}))
+    np.save(tmp_path / 'images.npy', images)
+    command = [sys.executable, '-I', '-c', SCRIPT, 'model', 'images.npy', 'found.npz']
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    with np.load(tmp_path / 'found.npz') as found:
+        np.testing.assert_allclose(found['all'], want, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found['some'], want[:3], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_onnx_runs_in_onnxruntime(trained, images, want):
+    pytest.importorskip('jax2onnx')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    for model, atol in ((trained, 1e-5), (tiny_trained(model__norm='group', model__group_size=16), 1e-5)):
+        expected = np.asarray(jax.jit(make_probabilities(model))(model.variables, images))
+        session = onnxruntime.InferenceSession(to_onnx(model, model_card(model)))
+        for count in (1, 5):
+            (found,) = session.run(None, {session.get_inputs()[0].name: images[:count]})
+            np.testing.assert_allclose(found, expected[:count], atol=atol)
+        card = json.loads(session.get_modelmeta().custom_metadata_map['model_card'])
+        assert card['accuracy'] == {'test_accuracy': 0.5}
+
+
+def test_safetensors_there_and_back_is_bit_identical(tmp_path):
+    run = tiny_trained(precision__policy='16.16')
+    write_run(tmp_path / 'run', run)
+    (path,) = export(tmp_path / 'run', tmp_path / 'out.safetensors', 'safetensors')
+    convert(path, tmp_path / 'again')
+    back, before = read_run(tmp_path / 'again'), read_run(tmp_path / 'run')
+    jax.tree.map(np.testing.assert_array_equal, back.variables, run.variables)
+    assert all(leaf.dtype == np.float16 for leaf in jax.tree.leaves(back.variables['params']))
+    assert back._replace(variables={}) == before._replace(variables={})
+    with safetensors.safe_open(path, 'numpy') as file:
+        card = json.loads(file.metadata()['model_card'])
+    assert card['config']['precision']['policy'] == '16.16'
+    assert card['dataset']['classes'] == [f'class {number}' for number in range(10)]
+    assert card['accuracy'] == {'test_accuracy': 0.5}
+    assert (card['weights'], card['step'], card['versions']['jax']) == ('raw', 7, jax.__version__)
+
+    # What is there stays as it is, and nothing is left beside it.
+    content = path.read_bytes()
+    with pytest.raises(ConfigError, match=r'out\.safetensors exists'):
+        export(tmp_path / 'run', path, 'safetensors')
+    with pytest.raises(ConfigError, match='again exists'):
+        convert(path, tmp_path / 'again')
+    assert path.read_bytes() == content
+    (tmp_path / 'half.safetensors').write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigError, match=r'half\.safetensors is damaged or incomplete'):
+        convert(tmp_path / 'half.safetensors', tmp_path / 'new')
+    assert sorted(found.name for found in tmp_path.iterdir()) == ['again', 'half.safetensors', 'out.safetensors', 'run']
+
+
+def test_policies():
+    trained = tiny_trained()
+    half = in_policy(trained, '16.16')
+    assert all(leaf.dtype == np.float16 for leaf in jax.tree.leaves(half.variables['params']))
+    assert (half.config.precision.policy, trained.config.precision.policy) == ('16.16', '32.32')
+    assert in_policy(trained, '') is trained
+    trained.variables['params']['head']['classifier']['bias'][0] = 1e6
+    with pytest.raises(ConfigError, match='too large for float16'):
+        in_policy(trained, '16.16')
+    in_policy(trained, 'bf16.16')
