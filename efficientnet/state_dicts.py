@@ -3,6 +3,7 @@
 import json
 import pathlib
 import pickle
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,13 +79,14 @@ def _read_pickle(source: pathlib.Path, kind: str) -> StateDict:
             '.safetensors elsewhere'
         ) from error
     try:
-        found = torch.load(source, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings(action='ignore'):  # of a pickle's age and make; what matters is raised
+            found = torch.load(source, map_location='cpu', weights_only=True)
     except OSError as error:
         raise ConfigError(f'{source} cannot be read: {error.strerror or error}') from error
     except pickle.UnpicklingError as error:
         if 'Unsupported' not in str(error) and 'GLOBAL' not in str(error):
             raise ConfigError(f'{source} is damaged or no PyTorch file') from error
-        raise ConfigError(f'{source} is refused: it holds more than tensors and would run code when loaded') from error
+        raise ConfigError(f'{source} is refused: it holds more than tensors, and loading it could run code') from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:  # whatever half a file leads to
         raise ConfigError(f'{source} is damaged or incomplete: {str(error).splitlines()[0][:200]}') from error
     return _nested(source, found, kind)
