@@ -15,8 +15,8 @@ Fields = dict[str, Any]  # dotted names as in configs/base.py
 IMAGENET = {'augment.mean': (123.675, 116.28, 103.53), 'augment.std': (58.395, 57.12, 57.375)}
 HALVES = {'augment.mean': (127.5, 127.5, 127.5), 'augment.std': (127.5, 127.5, 127.5)}  # to -1 … 1
 LITE = {'augment.mean': (127.0, 127.0, 127.0), 'augment.std': (128.0, 128.0, 128.0)}
-PYTORCH = {'model.padding': 'symmetric', 'model.norm_epsilon': 1e-5}
-TENSORFLOW = {'model.padding': 'same', 'model.norm_epsilon': 1e-3}
+PYTORCH = {'model.padding': 'symmetric', 'model.norm_epsilon': 1e-5, 'input.resize': 'area'}  # antialiased
+TENSORFLOW = {'model.padding': 'same', 'model.norm_epsilon': 1e-3, 'input.resize': 'bicubic'}
 DEPTHWISE = {'model.norm': 'batch', 'model.group_size': 1, 'model.expand_ratio': 6}
 
 # Image side and crop ratio of the original evaluation, kept by most ports.
@@ -93,7 +93,9 @@ def fields_of(scheme: str, name: str) -> Fields:
         fields |= HALVES if '.ap_' in name or name.endswith('_ap') else {}  # trained with adversarial examples
     else:
         fields |= TENSORFLOW | (LITE if lite else IMAGENET)
-    return fields | {'image_size': size, 'input.crop_ratio': crop}
+    if lite and fields['model.padding'] == 'same':
+        fields['input.resize'] = 'bilinear'
+    return fields | {'image_size': size, 'evaluation.crop_ratio': crop}
 
 
 def fields_of_timm_config(pretrained: dict[str, Any]) -> Fields:
@@ -102,7 +104,7 @@ def fields_of_timm_config(pretrained: dict[str, Any]) -> Fields:
     if 'input_size' in pretrained:
         fields['image_size'] = int(pretrained['input_size'][-1])
     if 'crop_pct' in pretrained:
-        fields['input.crop_ratio'] = float(pretrained['crop_pct'])
+        fields['evaluation.crop_ratio'] = float(pretrained['crop_pct'])
     for name in ('mean', 'std'):
         if name in pretrained:
             fields[f'augment.{name}'] = tuple(round(255 * value, 4) for value in pretrained[name])

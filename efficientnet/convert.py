@@ -7,7 +7,7 @@
 
 SOURCE is a state dict of timm, torchvision or EfficientNet-PyTorch (.safetensors, .pth), a checkpoint of the original
 TensorFlow code, a file that efficientnet.export wrote, or a run. What the tensors don't say (padding, epsilon, scaling
-of pixels) is looked up by the architecture's name; any field may be set over it: --config.input.crop_ratio=0.9.
+of pixels) is looked up by the architecture's name; any field may be set over it: --config.evaluation.crop_ratio=0.9.
 """
 
 import json

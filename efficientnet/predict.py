@@ -59,7 +59,8 @@ class Classifier:
 
         self.classes = readable(trained.dataset.classes)
         self._batch, self._size = batch, trained.config.image_size
-        self._view = views.make_view(self._size, trained.config.input.crop_ratio, trained.dataset.image_shape)
+        ratio, resize = trained.config.evaluation.crop_ratio, trained.config.input.resize
+        self._view = views.make_view(self._size, trained.dataset.image_shape, ratio, resize)
         self._variables = jax.device_put(trained.variables)
         self._probabilities = jax.jit(make_probabilities(trained))
 

@@ -142,7 +142,7 @@ def deployed_config(config: ml_collections.ConfigDict, steps: int) -> ml_collect
     kept.dataset, kept.image_size, kept.steps = config.dataset, config.image_size, steps
     kept.precision.policy, kept.evaluation.batch = config.precision.policy, config.evaluation.batch
     kept.augment.mean, kept.augment.std = tuple(config.augment.mean), tuple(config.augment.std)
-    kept.averaging.epoch_decay = 0.0
+    kept.evaluation.crop_ratio, kept.averaging.epoch_decay = config.evaluation.crop_ratio, 0.0
     kept.model.update(config.model)
     kept.input.update(config.input)
     return kept

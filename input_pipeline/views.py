@@ -13,7 +13,9 @@ from input_pipeline.quiet_tf import tf
 View = Callable[[str | pathlib.Path | np.ndarray], np.ndarray]
 
 
-def make_view(image_size: int, crop_ratio: float, stored_shape: Sequence[int] | None) -> View:
+def make_view(
+    image_size: int, stored_shape: Sequence[int] | None, crop_ratio: float = 224 / 256, resize: str = 'bilinear'
+) -> View:
     """Returns the function from an image, a path or uint8 [H, W, 3], to what a model is shown of it.
 
     Of a photograph that is `images.central_view`. A data set held in memory has images of one shape, which training
@@ -22,8 +24,9 @@ def make_view(image_size: int, crop_ratio: float, stored_shape: Sequence[int] | 
 
     Args:
         image_size: side of the view in pixels.
-        crop_ratio: of `images.central_view`.
         stored_shape: (H, W, 3) of the data set's images in memory, None if they are read encoded.
+        crop_ratio: of `images.central_view`, for photographs.
+        resize: of `images.resize`, for photographs.
 
     Returns:
         A function that gives uint8 [image_size, image_size, 3] and may be called from several threads. It raises
@@ -32,7 +35,7 @@ def make_view(image_size: int, crop_ratio: float, stored_shape: Sequence[int] | 
 
     def see(image: tf.Tensor) -> tf.Tensor:
         if stored_shape is None:
-            return images.central_view(image, image_size, crop_ratio)
+            return images.central_view(image, image_size, crop_ratio, resize)
         stored = _to_shape(image, *stored_shape[:2])
         return stored if stored.shape[:2] == (image_size, image_size) else images.resize(stored, image_size)
 
@@ -82,4 +85,4 @@ def _to_shape(image: tf.Tensor, height: int, width: int) -> tf.Tensor:
     top, left = tf.unstack((shape - box) // 2)
     part = image[top : top + box[0], left : left + box[1]]
     resized = tf.image.resize(part, (height, width), antialias=True)
-    return images.to_uint8(tf.clip_by_value(resized, 0, 255))
+    return images.to_uint8(resized)

@@ -112,7 +112,7 @@ def test_tensors_of_something_else():
 )
 def test_conventions_come_with_the_name(scheme, name, expected):
     fields = architectures.fields_of(scheme, name)
-    names = ('model.padding', 'model.norm_epsilon', 'image_size', 'input.crop_ratio')
+    names = ('model.padding', 'model.norm_epsilon', 'image_size', 'evaluation.crop_ratio')
     found = [*(fields[own] for own in names), fields['augment.mean'][0]]
     assert found[0] == expected[0]
     assert found[1:] == pytest.approx(list(expected[1:]), rel=1e-3)

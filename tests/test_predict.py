@@ -140,15 +140,15 @@ def test_photographs_are_seen_as_in_evaluation(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (61, 97, 3), np.uint8)
     Image.fromarray(pixels).save(folder / 'wide.png')
     source = open_source('folder', 'test', str(tmp_path), train_split='test')
-    for ratio in (0.875, 1.0, 0.5):
-        (batch,) = evaluation_batches(source, image_size=32, batch=1, crop_ratio=ratio)
-        np.testing.assert_array_equal(make_view(32, ratio, None)(folder / 'wide.png'), batch['image'][0])
-        np.testing.assert_array_equal(make_view(32, ratio, None)(pixels), batch['image'][0])
+    for options in ({}, {'crop_ratio': 1.0}, {'crop_ratio': 0.5, 'resize': 'area'}):
+        (batch,) = evaluation_batches(source, image_size=32, batch=1, **options)
+        for picture in (folder / 'wide.png', pixels):
+            np.testing.assert_array_equal(make_view(32, None, **options)(picture), batch['image'][0])
 
 
 def test_images_of_a_data_set_in_memory_are_seen_whole(source):
     (batch,) = evaluation_batches(source, image_size=16, batch=360)
-    view = make_view(16, 0.875, (8, 8, 3))
+    view = make_view(16, (8, 8, 3))
     np.testing.assert_array_equal(view(source.images[7]), batch['image'][7])
     # Larger pictures of the same thing come down to the same 8 × 8 levels, give or take the rounding of one.
     large = np.kron(source.images[7], np.ones((30, 30, 1), np.uint8))
