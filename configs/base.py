@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.input.test_split = 'test'
     config.input.test_dataset = ''  # tested on in place of `dataset`: 'imagenet_v2'; it must have the same classes
     config.input.test_dir = ''  # where that lies, as `dir`; for test_dataset only
-    config.input.resize = 'bilinear'  # of photographs: 'bilinear', 'bicubic' or 'area' (antialiased)
+    config.input.resize = 'bilinear'  # or 'bicubic' or 'area' (antialiased)
     config.input.cache = 0.0  # GiB of encoded training images that a process keeps in memory, the first it reads
     config.input.prefetch = 3  # batches fetched ahead, on the host and again on the device
     config.input.damaged_limit = 100  # damaged images that are named and skipped before the run stops

@@ -64,7 +64,7 @@ def train_batches(
         crop_area: least and greatest part of the image's area that a distorted box is.
         pad: pixels on every side; means nothing to the other crops.
         flip: mirror half of the images left to right.
-        resize: of photographs: 'bilinear', 'bicubic' or 'area' (antialiased); images in memory: bilinear.
+        resize: 'bilinear', 'bicubic' or 'area' (antialiased).
         crop_ratio: of the evaluation view, see `evaluation_batches`.
         prefetch: batches made ahead of the consumer.
         damaged_limit: distinct images that this process may fail to decode before it gives up.
@@ -133,7 +133,7 @@ def evaluation_batches(
         batch: examples a batch, over all processes.
         process_index: this process, from 0.
         process_count: number of processes.
-        resize: of photographs, as in `train_batches`.
+        resize: as in `train_batches`.
         crop_ratio: side of the central square ÷ short side; at most 1.
         damaged_limit: distinct images that this process may fail to decode before it gives up.
         damaged: as in `train_batches`.

@@ -62,7 +62,8 @@ def resize(images: tf.Tensor, size: int, method: str = 'bilinear') -> tf.Tensor:
     """Resizes uint8 [..., H, W, 3] to uint8 [..., size, size, 3], whatever the aspect ratio.
 
     'bilinear' and 'bicubic' interpolate between the nearest 2 × 2 and 4 × 4 pixels; 'area' averages over all pixels
-    that fall together, which is antialiased. Pixels have their centres at half integers.
+    that fall together, which is antialiased, and repeats them where it enlarges. Pixels have their centres at half
+    integers.
     """
     if method == 'bilinear':  # three times as fast as `scale`, with the same result
         return tf.cast(tf.round(tf.image.resize(images, (size, size))), tf.uint8)

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from PIL import Image
 
 from efficientnet.assemble import assemble
 from efficientnet.errors import ConfigError
@@ -73,6 +74,10 @@ from tests.tiny import tiny_config, tiny_parts
         ({'augment__label_smoothing': 1.0}, r'augment\.label_smoothing'),
         ({'input__prefetch': 0}, r'input\.prefetch'),
         ({'input__damaged_limit': -1}, r'input\.damaged_limit'),
+        ({'input__resize': 'nearest'}, r'input\.resize'),
+        ({'input__test_dataset': 'no_such_dataset'}, 'no_such_dataset'),
+        ({'augment__crop': 'distorted', 'augment__crop_area': (0.5, 0.1)}, r'augment\.crop_area'),
+        ({'evaluation__crop_ratio': 2.0}, r'evaluation\.crop_ratio'),
         ({'checkpoint__keep': 0}, r'checkpoint\.keep'),
     ],
 )
@@ -94,6 +99,10 @@ def test_one_line_that_names_the_field(changes, message):
         {'augment__crop': 'none'},
         {'augment__label_smoothing': 0.0, 'augment__smoothing_over': 'all'},
         {'model__batch_norm_sync': True},
+        {'input__cache': 1.0},  # the digits are in memory
+        {'input__test_dir': 'elsewhere'},
+        {'evaluation__crop_ratio': 0.5},
+        {'augment__crop_area': (0.5, 1.0)},
     ],
 )
 def test_fields_that_nothing_reads(changes):
@@ -125,3 +134,43 @@ def test_seeds_differ_and_repeat():
     one, same, other = (tiny_parts(blocks=1, seed=seed).init_state().params for seed in (1, 1, 2))
     assert (one == same).all()
     assert (one != other).any()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An image folder of ten classes with one grey picture each, for training and for a test elsewhere."""
+    for place in ('here/train', 'here/test', 'there/test', 'there/train'):
+        for name in '0123456789':
+            path = tmp_path / place / name / 'a.png'
+            path.parent.mkdir(parents=True)
+            Image.new('RGB', (8, 8), (99, 99, 99)).save(path)
+    return tmp_path
+
+
+def test_another_test_set(folder):
+    changes = {'input__test_dataset': 'folder', 'input__test_dir': str(folder / 'there'), 'input__test_split': 'test'}
+    parts = tiny_parts(blocks=1, **changes)  # trained on digits
+    assert parts.train_source.name == 'digits train'
+    (batch,) = parts.evaluation_batches()
+    assert (batch['image'][:10] == 99).all()
+    assert batch['mask'].sum() == 10
+    (folder / 'there/train/9/a.png').unlink()
+    for split in ('train', 'test'):
+        for path in (folder / 'there' / split / '9').iterdir():
+            path.unlink()
+        (folder / 'there' / split / '9').rmdir()
+    message = r"input\.test_dataset='folder' has other classes than dataset='digits': 9 \(0, 1, 2 …\), not 10"
+    with pytest.raises(ConfigError, match=message):
+        assemble(tiny_config(**changes))
+
+
+def test_a_cache_of_photographs_and_damage_known_to_the_run(folder):
+    (folder / 'here/test/3/a.png').write_bytes(b'damaged')
+    parts = tiny_parts(blocks=1, dataset='folder', input__dir=str(folder / 'here'), input__cache=0.5)
+    assert parts.train_source.limit == 2**29
+    assert sum(batch['mask'].sum() for batch in parts.train_batches(0)) == 6 * 16
+    assert len(parts.train_source.kept) == 10
+    for _ in range(2):
+        list(parts.evaluation_batches())
+    assert parts.damaged_test == {3: str(folder / 'here/test/3/a.png')}
+    assert not parts.damaged_train

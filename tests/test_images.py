@@ -80,22 +80,104 @@ def test_resize_rounds_to_the_nearest_level():
     assert images.resize(tf.constant(image), 4).numpy()[0, 0, :, 0].tolist() == [0, 1, 2, 3]
 
 
-def test_distorted_boxes_keep_to_area_and_aspect():
-    boxes = np.array(
-        [
-            images.distorted_box(tf.constant([100, 160, 3]), tf.constant([i, 5], tf.int64), RULE, WHOLE)
-            for i in range(300)
-        ]
-    )
-    top, left, height, width = boxes.T
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (top + height <= 100).all()
-    assert (left + width <= 160).all()
-    area, aspect = height * width / 16000, width / height
-    assert area.min() > 0.09  # a tenth of the image must be covered, up to whole pixels
-    assert area.max() > 0.5
-    assert ((aspect > 0.72) & (aspect < 1.36)).all()  # 3:4 to 4:3, up to whole pixels
+def drawn(shape, rule, boxes, count=300):
+    boxes = tf.constant(boxes, tf.float32)
+    seeds = tf.constant(random_seeds(count))
+    draw = tf.function(lambda seed: images.distorted_box(tf.constant([*shape, 3]), seed, rule, boxes))
+    return np.array([draw(seed) for seed in seeds])
+
+
+def inside(crop, shape, box):
+    """Part of an annotated box, given in parts of the sides, that lies in a crop (top, left, height, width)."""
+    top, left, bottom, right = np.array(box) * [*shape, *shape]
+    tall = max(0, min(bottom, crop[0] + crop[2]) - max(top, crop[0]))
+    wide = max(0, min(right, crop[1] + crop[3]) - max(left, crop[1]))
+    return tall * wide / ((bottom - top) * (right - left))
+
+
+@pytest.mark.parametrize(
+    ('shape', 'rule', 'boxes'),
+    [
+        ((375, 500), images.CropRule(), [[0.0, 0.0, 1.0, 1.0]]),
+        ((375, 500), images.CropRule(), [[0.1, 0.6, 0.4, 0.9]]),
+        ((500, 334), images.CropRule(covered=0.7), [[0.0, 0.0, 0.2, 0.2], [0.7, 0.5, 1.0, 1.0]]),
+        ((400, 400), images.CropRule(0.1, (0.5, 0.6), (0.2, 0.3)), [[0.0, 0.0, 1.0, 1.0]]),
+        ((200, 300), images.CropRule(1.0, (0.75, 1.33), (0.05, 1.0)), [[0.4, 0.4, 0.6, 0.6]]),
+    ],
+)
+def test_every_box_keeps_to_the_rule(shape, rule, boxes):
+    crops = drawn(shape, rule, boxes)
+    assert len(np.unique(crops, axis=0)) > 250
+    for top, left, height, width in crops:
+        assert min(top, left) >= 0
+        assert (top + height, left + width) <= shape
+        if (height, width) == shape:
+            continue  # what stands when no attempt succeeded
+        assert rule.aspect[0] * (height - 1) <= width + 1  # up to whole pixels
+        assert width - 1 <= rule.aspect[1] * (height + 1)
+        area = height * width / np.prod(shape)
+        slack = (height + width) / np.prod(shape)
+        assert rule.area[0] - slack <= area <= rule.area[1] + slack
+        assert max(inside((top, left, height, width), shape, box) for box in boxes) >= rule.covered - 0.02
+
+
+def test_an_impossible_rule_gives_the_whole_image():
+    rule = images.CropRule(covered=1.0, area=(0.05, 0.1))  # the annotated box is larger than any crop
+    assert (drawn((60, 80), rule, [[0.0, 0.0, 1.0, 1.0]], 20) == [0, 0, 60, 80]).all()
+
+
+def test_more_boxes_of_the_same_kind_change_nothing():
+    box = [0.1, 0.6, 0.4, 0.9]
+    np.testing.assert_array_equal(*(drawn((375, 500), RULE, [box] * count, 50) for count in (1, 4)))
+
+
+def restated(image, size, kernel, support):
+    """Resize by its definition: along each side, weights of the distances between pixels' centres, normalised."""
+
+    def weights(have):
+        centres = (np.arange(size) + 0.5) * have / size - 0.5
+        distance = np.abs(centres[:, None] - np.arange(have)[None])
+        found = np.where(distance < support, kernel(distance), 0)
+        return found / found.sum(axis=1, keepdims=True)
+
+    return np.einsum('yh,hwc,xw->yxc', weights(image.shape[0]), image.astype(float), weights(image.shape[1]))
+
+
+def cubic(x):
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x <= 1, near, far)
+
+
+@pytest.mark.parametrize('shape', [(50, 70), (9, 7), (16, 40)])
+@pytest.mark.parametrize(('method', 'kernel', 'support'), [('bilinear', lambda x: 1 - x, 1), ('bicubic', cubic, 2)])
+def test_resize_restated_in_numpy(shape, method, kernel, support):
+    image = noise(*shape, 3)
+    want = np.clip(restated(image, 16, kernel, support), 0, 255)
+    got = images.resize(tf.constant(image), 16, method).numpy()
+    assert got.dtype == np.uint8
+    inner = slice(2, -2)  # at the edges libraries differ in what stands for the pixels that are not there
+    assert np.abs(got - want)[inner, inner].max() < 0.51
+    if method == 'bilinear':
+        edges = np.pad(image, [(1, 1), (1, 1), (0, 0)], 'edge')
+        assert edges.min() <= got.min() <= got.max() <= edges.max()
+
+
+def test_area_averages_what_falls_together():
+    image = noise(48, 64, 3)
+    want = image.reshape(16, 3, 16, 4, 3).mean(axis=(1, 3))
+    assert np.abs(images.resize(tf.constant(image), 16, 'area').numpy() - want).max() < 0.51
+    stripes = np.tile(np.array([0, 255], np.uint8), 32)[None, :, None] * np.ones((64, 1, 3), np.uint8)
+    assert np.ptp(images.resize(tf.constant(stripes), 16, 'area').numpy()) == 0  # antialiased
+    small = noise(4, 8, 3)
+    enlarged = images.resize(tf.constant(small), 16, 'area').numpy()
+    np.testing.assert_array_equal(enlarged, small.repeat(4, axis=0).repeat(2, axis=1))
+
+
+def test_the_short_side_of_evaluation_is_that_of_the_reference():
+    assert all(int(size / 0.875) == size * 256 // 224 for size in range(1, 2000))
+    image = noise(40, 60, 3)
+    view = images.central_view(tf.constant(image), 20, ratio=0.5).numpy()
+    np.testing.assert_array_equal(view, image[10:30, 20:40])  # short side to 40: not resized at all
 
 
 def test_only_the_box_of_a_jpeg_is_decoded_and_it_is_the_right_one():

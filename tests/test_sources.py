@@ -9,7 +9,7 @@ import pytest
 from sklearn import datasets
 
 from input_pipeline import DataError, open_source
-from input_pipeline.sources import ArraySource
+from input_pipeline.sources import WHOLE_IMAGE, ArraySource, CachedSource, Examples
 
 
 def test_importing_the_room_does_not_import_tensorflow():
@@ -98,3 +98,38 @@ def test_folder_errors_name_what_was_looked_for(folder):
 def test_labels_of_arrays_are_checked_at_once(label):
     with pytest.raises(DataError, match=f'toy: example 1 .*has label {label}, must be 0 to 1 with 2 classes'):
         ArraySource('toy', ('a', 'b'), np.zeros((3, 2, 2, 3), np.uint8), np.array([0, label, 9], np.int32))
+
+
+class Counted:
+    """A source of ten images of ten bytes that counts how often each is read; image 3 cannot be read."""
+
+    name, classes, num_examples, image_shape = 'counted', ('a',), 10, None
+
+    def __init__(self):
+        self.reads = []
+
+    def read(self, indices):
+        self.reads += indices.tolist()
+        images = np.empty(len(indices), object)
+        images[:] = [b'' if i == 3 else bytes([i]) * 10 for i in indices]
+        return Examples(images, indices.astype(np.int32), [WHOLE_IMAGE] * len(indices))
+
+    def locate(self, index):
+        return f'place {index}'
+
+
+def test_a_cache_keeps_the_first_that_fit_and_nothing_damaged():
+    plain, counted = Counted(), Counted()
+    cached = CachedSource(counted, 45)
+    for indices in ([0, 1, 3], [1, 5, 0, 3], [7, 8, 9, 5, 1], [9, 9, 7]):
+        got, want = cached.read(np.array(indices)), plain.read(np.array(indices))
+        assert list(got.images) == list(want.images)
+        np.testing.assert_array_equal(got.labels, want.labels)
+        assert got.labels.dtype == np.int32
+    assert counted.reads == [0, 1, 3, 5, 3, 7, 8, 9, 9, 9]  # four fit: 0, 1, 5, 7
+    assert (cached.num_examples, cached.image_shape, cached.locate(4)) == (10, None, 'place 4')
+
+
+def test_a_cache_has_a_limit():
+    with pytest.raises(DataError, match=r'input.cache = -1 must be at least 0 GiB'):
+        CachedSource(Counted(), -(2**30))

@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 
 from input_pipeline import DataError, evaluation_batches, open_source, records, tfds_source
 from input_pipeline.quiet_tf import tf
+from input_pipeline.sources import UNLABELLED
 
 
 def picture(i, shape):
@@ -21,11 +22,13 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version('1.0.0')
     BUILDER_CONFIGS = [  # noqa: RUF012 - TFDS wants a list here
         tfds.core.BuilderConfig(name=name)
-        for name in ('photos', 'fixed', 'grey', 'deep', 'regression', 'unlabelled', 'offline')
+        for name in ('photos', 'fixed', 'grey', 'deep', 'regression', 'unlabelled', 'real', 'offline')
     ]
 
     def _info(self):
-        shape = {'photos': (None, None, 3), 'grey': (6, 5, 1)}.get(self.builder_config.name, (6, 5, 3))
+        shape = {'photos': (None, None, 3), 'real': (None, None, 3), 'grey': (6, 5, 1)}.get(
+            self.builder_config.name, (6, 5, 3)
+        )
         dtype = np.uint16 if self.builder_config.name == 'deep' else np.uint8
         label = tfds.features.ClassLabel(names=['ant', 'bee', 'cow'])
         if self.builder_config.name == 'regression':
@@ -33,6 +36,8 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
         features = {'image': tfds.features.Image(shape=shape, dtype=dtype), 'label': label, 'id': np.int64}
         if self.builder_config.name == 'unlabelled':
             del features['label']
+        if self.builder_config.name == 'real':
+            features |= {'original_label': features.pop('label'), 'real_label': tfds.features.Sequence(label)}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -45,7 +50,8 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
         for i in range(first, first + 20):
             shape = (10 + i % 7, 12 + i % 5, 3) if feature.shape[0] is None else feature.shape
             image = picture(i, shape).astype(feature.np_dtype)
-            example = {'image': image, 'label': i % 3, 'id': i}
+            example = {'image': image, 'label': i % 3, 'id': i, 'original_label': i % 3}
+            example['real_label'] = ([], [i % 3], [2, 0], [1])[i % 4]
             yield i, {name: example[name] for name in self.info.features}
 
 
@@ -53,7 +59,7 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
 def prepared(tmp_path_factory):
     root = str(tmp_path_factory.mktemp('tfds'))
     sharded = tfds.download.DownloadConfig(num_shards=3)
-    for name in ('photos', 'fixed', 'grey', 'deep', 'regression', 'unlabelled'):
+    for name in ('photos', 'fixed', 'grey', 'deep', 'regression', 'unlabelled', 'real'):
         tfds.builder(f'tiny/{name}', data_dir=root).download_and_prepare(download_config=sharded)
     return root
 
@@ -76,6 +82,21 @@ def test_records_of_any_split_are_those_of_tfds_load(prepared, split):
     for index, contents, label in zip(backwards, encoded, labels, strict=True):
         np.testing.assert_array_equal(tf.io.decode_image(contents), want[index][0])
         assert label == want[index][1]
+
+
+def test_reassessed_labels(prepared):
+    # As in imagenet2012_real: the original label where it is among the reassessed ones, else the first of these.
+    source = open_source('tiny/real', 'test', prepared)
+    examples = tfds.load('tiny/real', split='test', data_dir=prepared, shuffle_files=False)
+    want = []
+    for example in examples.as_numpy_iterator():
+        labels, original = example['real_label'].tolist(), int(example['original_label'])
+        want.append(UNLABELLED if not labels else original if original in labels else labels[0])
+    got = source.read(np.arange(20)).labels.tolist()
+    assert sorted(got) == sorted(want)
+    assert got.count(UNLABELLED) == 5
+    (batch,) = evaluation_batches(source, image_size=8, batch=20)
+    assert batch['mask'].sum() == 15
 
 
 @pytest.mark.parametrize('name', ['tiny/fixed', 'tiny/grey'])
