@@ -347,7 +347,9 @@ def test_predictions_on_this_machine(tmp_path):
     assert not rows[1].hit
     text = validation.show(rows, validation.claims())
     assert 'MISSED' in text
-    assert '7 of 9 predictions hit' in text
+    assert text.endswith('7 of 9 predictions hit')
+    assert validation.machine_rows(tmp_path / 'none.json', tmp_path) == []
+    assert 'none of this machine' in validation.show(rows[:0], validation.claims())
 
 
 def test_images_held():

@@ -63,6 +63,7 @@ def draw_deviations(axes: Axes, names: Sequence[str], deviations: Sequence[float
         )
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
+    axes.margins(x=0.12)  # room for the labels
     axes.axvline(0, color='black', linewidth=0.8)
     axes.set_xlabel('predicted ÷ found − 1, %; allowed in grey', fontsize=8)
     axes.spines[['top', 'right']].set_visible(False)

@@ -19,8 +19,9 @@ from typing import Any
 
 from efficientnet.errors import ConfigError
 from efficientnet.scaling import block_names, model_spec
-from experiments.benchmark.pipeline import Jobs, Sample, Worker, build_single, measure
-from experiments.benchmark.setup import progress
+from experiments.benchmark.pipeline import Sample, build_single, measure
+from experiments.benchmark.setup import progress, start_jax
+from experiments.benchmark.workers import Jobs, Worker
 from experiments.planner.calibration import BLOCK_FLAGS
 
 FLAGS = {  # of the update and its blocks; small enough for a core, 32.32 because a CPU computes 16 bits in fp32
@@ -133,6 +134,7 @@ def summary(seconds: Mapping[str, float], names: tuple[str, ...]) -> dict[str, A
 
 def build_machine() -> tuple[Jobs, dict[str, Any]]:
     """A product of matrices and a pass over memory, on one device."""
+    start_jax(1, threads=False)
     import jax
     import jax.numpy as jnp
 
@@ -143,6 +145,7 @@ def build_machine() -> tuple[Jobs, dict[str, Any]]:
 
 def build_exchange(meeting: str, number: int) -> tuple[Jobs, dict[str, Any]]:
     """Two devices that send each other something, forward and back as stages do, again and again."""
+    start_jax(1, threads=False)
     import jax
     import numpy as np
 
@@ -163,4 +166,7 @@ def build_exchange(meeting: str, number: int) -> tuple[Jobs, dict[str, Any]]:
 def _job(function: Callable, *given: Any) -> Callable[[], None]:
     import jax
 
-    return lambda: jax.block_until_ready(function(*given)) and None
+    def job() -> None:
+        jax.block_until_ready(function(*given))
+
+    return job
