@@ -4,14 +4,16 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from efficientnet.errors import ConfigError
 from efficientnet.pipeline import timetable
 from experiments.benchmark import __main__ as command
-from experiments.benchmark import memory, pipeline, setup
+from experiments.benchmark import host_input, memory, pipeline, setup
 from experiments.benchmark.pipeline import Sample, Work, ideal_parts, walk, work
 
 TINY = ('--model=b0', '--width=0.25', '--depth=0.1', '--image_size=32', '--micro_batch=2', '--accumulation=2')
@@ -115,6 +117,8 @@ def test_memory_text():
     [
         (['pipeline', '--stages=1'], '--stages=1 must be at least 2; one stage is measured beside them'),
         (['pipeline', '--rounds=0'], '--rounds=0 must be at least 1'),
+        (['input', '--batch=0'], '--batch=0 must be at least 1'),
+        (['input', '--photos=/nowhere'], "--photos='/nowhere' holds no *.jpg"),
         (['memory', '--image_size=0'], '--image_size=0 must be at least 1'),
         (['memory', '--stages=1,x'], "--stages='1,x' must be whole numbers above 0 with commas between them"),
         (['memory', '--recompute=all'], "--recompute='all': 'all' is unknown; choose among none, block, stage"),
@@ -160,6 +164,55 @@ def run(*argv):
     return done.stdout
 
 
+def test_input_summary_and_text():
+    args = parsed('input', '--batch=10', '--batches=20', '--photos=DIR')
+    seconds = {'ours': [2.0, 1.0, 4.0], 'tf_data': [3.0, 3.0, 1.0], 'torch': [5.0, 6.0, 7.0]}
+    found = host_input.summary(args, seconds, 1.05, {'grain': 'pip install it'})
+    assert found['images_per_second'] == {'ours': 100, 'tf_data': 200 / 3, 'torch': 200 / 6}
+    assert found['ratio'] == pytest.approx({'tf_data': 1.5, 'torch': 3.0})
+    assert found['range']['ours'] == [50, 200]
+    assert found['bytes_per_image'] == 224 * 224 * 3
+    text = host_input.show(json.loads(json.dumps(found)))
+    assert '1.50  1.3 met' in text
+    assert 'grain: not installed (pip install it)' in text
+    assert '1.05 T (target 1.1, met)' in text
+    assert '1.3 missed' in host_input.show(host_input.summary(args, seconds | {'tf_data': [2.0]}, 1.2, {}))
+
+
+def test_photographs_are_as_large_as_imagenets(tmp_path):
+    host_input.make_photos(tmp_path, count=8)
+    sizes = []
+    for path in sorted(tmp_path.iterdir()):
+        with Image.open(path) as image:
+            sizes.append(image.size)
+        assert 10_000 < path.stat().st_size < 150_000
+    assert sizes == [(375, 500), *[(500, 375)] * 3] * 2
+
+
+def test_boxes_of_random_resized_crop():
+    draw = np.random.default_rng(0)
+    boxes = np.array([host_input.resized_crop_box(500, 375, draw.uniform) for _ in range(500)])
+    left, top, width, height = boxes.T
+    assert (boxes >= 0).all()
+    assert (left + width <= 500).all()
+    assert (top + height <= 375).all()
+    area, aspect = width * height / (500 * 375), width / height
+    assert 0.045 < area.min() < 0.1
+    assert 0.8 < area.max() <= 1
+    assert 0.72 < aspect.min() < aspect.max() < 1.38
+
+
+def test_a_step_hides_the_loading_only_if_it_is_done_meanwhile(monkeypatch):
+    def late():  # every batch takes its time when it is asked for
+        while True:
+            time.sleep(0.02)
+            yield np.zeros((1, 2, 2, 3), np.uint8)
+
+    monkeypatch.setattr(host_input, '_AHEAD', 1)
+    assert 1.8 < host_input.overlap(late(), 0.02, 5) < 4
+    assert 1 <= host_input.overlap(iter(np.zeros((99, 1, 2, 2, 3), np.uint8)), 0.02, 5) < 1.7
+
+
 def test_unknown_splits_are_one_line():
     with pytest.raises(ConfigError, match='is no block of this network'):
         pipeline.run(parsed('pipeline', *TINY, '--splits=block9z'))
@@ -173,6 +226,15 @@ def test_tiny_pipeline():
     assert found['ideal'] > 0
     assert all(low <= found['seconds'][name] <= high for name, (low, high) in found['range'].items())
     assert found['one_stage_to_plain'] < 3
+
+
+@pytest.mark.slow
+def test_tiny_input():
+    found = json.loads(run('input', '--image_size=32', '--batch=4', '--batches=3', '--rounds=2', '--json'))
+    assert found['ratio'].keys() | found['missing'].keys() == {'tf_data', 'torch'}
+    assert found['ratio'].keys() < found['images_per_second'].keys()
+    assert found['bytes_per_image'] == 3072
+    assert all(low <= found['images_per_second'][name] <= high for name, (low, high) in found['range'].items())
 
 
 @pytest.mark.slow

@@ -146,7 +146,8 @@ def tf_data(files: list[str], args: Mapping[str, Any]) -> Iterator[np.ndarray]:
 
     dataset = tf.data.Dataset.from_tensor_slices(files).shuffle(len(files)).repeat()
     dataset = dataset.map(view, num_parallel_calls=tf.data.AUTOTUNE, deterministic=False)
-    return dataset.batch(args['batch']).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+    # As many batches ahead as ours: a buffer left to AUTOTUNE fills while the others have their turns.
+    return dataset.batch(args['batch']).prefetch(3).as_numpy_iterator()
 
 
 class Photographs:
