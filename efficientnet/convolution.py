@@ -183,6 +183,18 @@ def _depthwise(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
     return total.astype(x.dtype)
 
 
+def _sum_of_products(x: Array, y: Array) -> Array:
+    """Sum of x · y over all but the channels, [N, H, W, C] -> [C], in fp32.
+
+    Samples are added up one by one as one loop over pixels, which reads both where they lie. A plain sum over all
+    three dimensions would have XLA on a CPU copy every shifted view first.
+    """
+    if jax.default_backend() != 'cpu':
+        return (x.astype(jnp.float32) * y.astype(jnp.float32)).sum((0, 1, 2))
+    pairs = zip(x.astype(jnp.float32), y.astype(jnp.float32), strict=True)
+    return lax.optimization_barrier(sum(a * b for a, b in pairs)).sum((0, 1))
+
+
 def _depthwise_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[Array, tuple[Array, Array]]:
     return _depthwise(x, kernel, stride, pads), (x, kernel)
 
@@ -190,9 +202,8 @@ def _depthwise_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tupl
 def _depthwise_backward(stride: int, pads: Pads, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
     taps = kernel.shape[:2]
-    dy32 = dy.astype(jnp.float32)
     views = _shifted_views(x, *taps, stride, pads)
-    dkernel = jnp.stack([(view.astype(jnp.float32) * dy32).sum((0, 1, 2)) for view in views])
+    dkernel = jnp.stack([_sum_of_products(view, dy) for view in views])
 
     # The input gradient is the same convolution with the kernel turned by 180 degrees, over the output
     # gradient spread out by the stride and padded so that the size of x comes out.
@@ -317,7 +328,9 @@ def _gradient_pads(x: Array, kernel: Array, dy: Array, stride: int, pads: Pads) 
 
 def _shifted_views(x: Array, taps_h: int, taps_w: int, stride: int, pads: Pads) -> list[Array]:
     """The padded image as each tap of the kernel sees it, row by row: taps_h * taps_w of [N, H', W', C]."""
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    if pads != ((0, 0), (0, 0)):
+        # Computed once: XLA would fuse padding, and the norm before it, into the loop of every tap.
+        x = lax.optimization_barrier(jnp.pad(x, ((0, 0), *pads, (0, 0))))
     span_h, span_w = x.shape[1] - taps_h + 1, x.shape[2] - taps_w + 1
     offsets = [(i, j) for i in range(taps_h) for j in range(taps_w)]
     return [x[:, i : i + span_h : stride, j : j + span_w : stride] for i, j in offsets]

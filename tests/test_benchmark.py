@@ -12,8 +12,9 @@ from PIL import Image
 
 from efficientnet.errors import ConfigError
 from efficientnet.pipeline import timetable
+from efficientnet.scaling import model_spec
 from experiments.benchmark import __main__ as command
-from experiments.benchmark import host_input, memory, pipeline, setup
+from experiments.benchmark import host_input, memory, pipeline, setup, sides, train_step
 from experiments.benchmark.pipeline import Sample, Work, ideal_parts, walk, work
 
 TINY = ('--model=b0', '--width=0.25', '--depth=0.1', '--image_size=32', '--micro_batch=2', '--accumulation=2')
@@ -112,9 +113,45 @@ def test_memory_text():
     assert ['2', '×', 'stage', '6.0', '2.0', '1.0', '1.0', 'head'] in lines
 
 
+def test_train_step_summary_and_text():
+    args = parsed('train_step', '--batch=4', '--steps=2', '--rounds=3')
+    ours = {'parameters': 5, 'macs': 100, 'compile_seconds': 7.0, 'cached_compile_seconds': 1.0, 'bytes': 50.0}
+    ours |= {'device': 'cpu', 'peak_flops': 12_000.0, 'peak_bandwidth': 100.0}
+    sides_ = {'ours': ours, 'timm': {'parameters': 5, 'compile_seconds': 2.0}}
+    seconds = {'ours': [1.0, 2.0, 4.0], 'timm': [3.0, 2.0, 2.0]}
+    found = train_step.summary(args, sides_, seconds, {'ours': setup.MIB, 'timm': 3 * setup.MIB})
+    # Pair by pair 3, 1 and 1/2, whose median is not the ratio of the medians' order of rounds.
+    assert (found['ratio'], found['ratio_range']) == (1.0, [0.5, 3.0])
+    assert found['images_per_second'] == {'ours': 4.0, 'timm': 4.0}
+    assert found['flops_per_second']['ours'] == 2 * 3 * 100 * 4.0
+    assert found['flops_share']['ours'] == 0.2
+    assert found['bandwidth_share'] == 50 / (2.0 / 2) / 100
+    assert found['compile_seconds'] == {'ours': 7.0, 'timm': 2.0}
+    layers = [{'layer': 'one', 'ours': 0.001, 'timm': 0.002}]
+    text = train_step.show(json.loads(json.dumps(found | {'layers': layers})))
+    assert 'ours ÷ timm: 1.000 (rounds 0.500 to 3.000)' in text
+    assert ['one', '1.000', '2.000', '2.00'] in [line.split() for line in text.splitlines()]
+    evaluated = train_step.summary(args | {'mode': 'evaluate'}, {'ours': ours}, {'ours': [1.0]}, {'ours': 1})
+    assert evaluated['ratio'] is None
+    assert evaluated['flops_per_second'] == {'ours': 2 * 100 * 8.0}
+
+
+def test_layers_are_those_of_the_blocks_once():
+    layers = sides.distinct_layers(model_spec('b0', width=0.25, depth=0.3, group_size=16), 32)
+    assert len(set(layers)) == len(layers)
+    # block1a: 8 channels on 16 pixels a side do not expand; block2a: 8 -> 32 -> 8 with a stride of 2.
+    assert layers[0] == sides.Layer(16, 8, 8, 3, 1, 1)
+    assert sides.Layer(16, 8, 32, 1) in layers
+    assert sides.Layer(16, 32, 32, 3, 2, 2) in layers
+    assert sides.Layer(8, 32, 8, 1) in layers
+
+
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
+        (['train_step', '--against=tensorflow'], "--against='tensorflow' must be one of timm, timm-compile, native"),
+        (['train_step', '--steps=0'], '--steps=0 must be at least 1'),
+        (['train_step', '--recompute=stage'], "--recompute='stage' must be one of none, block"),
         (['pipeline', '--stages=1'], '--stages=1 must be at least 2; one stage is measured beside them'),
         (['pipeline', '--rounds=0'], '--rounds=0 must be at least 1'),
         (['input', '--batch=0'], '--batch=0 must be at least 1'),
@@ -138,7 +175,7 @@ def test_errors_are_one_line(argv, message, capsys):
 
 
 def test_help_lists_the_benchmarks(capsys):
-    for argv in (['--help'], ['pipeline', '--help'], ['memory', '--help']):
+    for argv in (['--help'], ['train_step', '--help'], ['pipeline', '--help'], ['memory', '--help']):
         with pytest.raises(SystemExit) as ended:
             command.main(argv)
         assert ended.value.code == 0
@@ -235,6 +272,18 @@ def test_tiny_input():
     assert found['ratio'].keys() < found['images_per_second'].keys()
     assert found['bytes_per_image'] == 3072
     assert all(low <= found['images_per_second'][name] <= high for name, (low, high) in found['range'].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', ['train', 'evaluate'])
+def test_tiny_train_step(mode):
+    flags = ('--width=0.25', '--depth=0.1', '--image_size=32', '--batch=2', '--rounds=2', '--steps=1')
+    found = json.loads(run('train_step', *flags, f'--mode={mode}', '--against=native', '--json'))
+    low, high = found['ratio_range']
+    assert 0 < low <= found['ratio'] <= high
+    assert set(found['images_per_second']) == set(found['peak_bytes']) == {'ours', 'native'}
+    assert all(value > 0 for value in found['peak_bytes'].values())
+    assert 0 < found['cached_compile_seconds'] < found['compile_seconds']['ours']
 
 
 @pytest.mark.slow
