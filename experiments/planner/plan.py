@@ -3,11 +3,12 @@
 Blocks are counted by efficientnet/costs.py, stages by partition.py, ticks by pipeline.py, replicas and accumulation
 by layout.py: the trainer's own numbers. To these a plan adds seconds:
 
-- a block's forward pass takes the longer of 2 × its multiply-adds ÷ the device's peak and its bytes ÷ the bandwidth
-  of the device's memory, both divided by one efficiency, which is calibrated on one measured or published point
-  (calibration.py). Its bytes are what its layers hand to each other, written once and read once, and its weights,
-  read once a micro-batch. Its backward takes two forward passes, recomputation one more each time. Where the blocks
-  were timed on the machine, their times stand in for the counts;
+- a block's forward pass takes the longer of 2 × its multiply-adds ÷ the device's peak (with those that a unit made
+  for wider groups leaves undone) and its bytes ÷ the bandwidth of the device's memory, both divided by one
+  efficiency, which is calibrated on one measured or published point (calibration.py). Its bytes are what its layers
+  hand to each other, written once and read once, and its weights, read once a micro-batch. Its backward takes two
+  forward passes, recomputation one more each time. Where the blocks were timed on the machine, their times stand in
+  for the counts;
 - a tick lasts as long as the slowest stage is at work in it, then the stages hand over to each other (latency +
   bytes ÷ bandwidth; both ways at once) and add up gradients (accumulator read and written, gradient read);
 - gradients are reduced once an update, by rings: within the groups of each level of the network and then, with what
@@ -41,7 +42,7 @@ from efficientnet.partition import (
 from efficientnet.precision import policy
 from experiments.planner.memory import memory_parts
 from experiments.planner.systems import System
-from experiments.planner.timing import BlockTime, count_blocks, count_times, update_parts
+from experiments.planner.timing import BlockTime, count_blocks, count_times, idle_macs, update_parts
 from experiments.planner.workload import IMAGE_BYTES, Workload
 
 STAGES = (1, 2, 4, 8)  # that 'auto' tries
@@ -211,9 +212,11 @@ class _Planner:
 
     @functools.cached_property
     def times(self) -> Mapping[str, BlockTime]:
-        return self.measured or count_times(
-            self.costs, self.system.device, self.workload.micro_batch, self.storage.compute
-        )
+        if self.measured:
+            return self.measured
+        device, workload = self.system.device, self.workload
+        idle = idle_macs(workload.spec(), workload.pixels, device.group)
+        return count_times(self.costs, idle, device, workload.micro_batch, self.storage.compute)
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ A source in brackets is one of these; 'assumed' marks a number for which none wa
 | kit       | docs.graphcore.ai IPU-POD DA build guide: 8 IPU-Link ports a machine, one 100 GbE NIC a host        |
 | datasheet | IPU-POD64/128/256 and IPU-M2000 datasheets: machines, hosts, 2 GW-Links of 100 Gb/s a machine       |
 | config    | graphcore/examples v2.5.0, TF1 CNNs, configs.yml and README: the reference's own settings           |
+| poplibs   | graphcore/poplibs, ConvPlan: 16 × 16 weights a convolution unit in fp16                              |
 | nvidia    | NVIDIA's data sheets of DGX A100 (80 GB), DGX H100, DGX H200; dense tensor-core peaks               |
 | jax       | docs.jax.dev "GPU memory allocation": a process takes 75 % of a GPU's memory                        |
 | google    | cloud.google.com/tpu/docs/v3 and /v4, values a chip; JAX sees a v3 chip as two devices              |
@@ -46,12 +47,14 @@ class Device(NamedTuple):
         bandwidth: Of its memory, bytes a second.
         memory: Bytes.
         usable: Share of the memory that arrays may take.
+        group: Channels of a group that its arithmetic takes at once; smaller groups leave the rest of it idle.
     """
 
     flops: Mapping[int, float]
     bandwidth: float
     memory: float
     usable: float
+    group: int = 1
 
 
 class Software(NamedTuple):
@@ -126,6 +129,7 @@ def _ipu(clock: float) -> Device:
         bandwidth=47.5e12 * clock / 1.33e9,  # [blake] at 1.33 GHz; SRAM keeps pace with the tiles
         memory=1440 * 624 * 1024,  # 1472 tiles of 624 KiB [blake], of which 32 do input and output [config]
         usable=0.6,  # convolutions may take 0.4 for temporaries: availableMemoryProportion [config]
+        group=16,  # the AMP unit wants 16 channels in and out a group [poplibs]
     )
 
 

@@ -8,7 +8,7 @@ from efficientnet.costs import BlockCost, block_costs
 from efficientnet.layout import Layout
 from efficientnet.partition import PASSES, Stage, Storage
 from efficientnet.pipeline import timetable
-from efficientnet.scaling import ModelSpec, boundary_shape
+from efficientnet.scaling import ModelSpec, block_names, boundary_shape
 from experiments.benchmark.pipeline import Work, walk
 from experiments.planner.systems import Device, Link, Software, System
 
@@ -43,18 +43,39 @@ def count_blocks(spec: ModelSpec, size: int, software: Software) -> tuple[BlockC
     )
 
 
-def count_times(costs: Sequence[BlockCost], device: Device, micro_batch: int, size: int) -> dict[str, BlockTime]:
+def idle_macs(spec: ModelSpec, size: int, group: int) -> dict[str, int]:
+    """Returns the multiply-adds of an image that grouped convolutions leave undone on a unit of wider groups, by block.
+
+    Args:
+        spec: The network.
+        size: Pixels a side of an image.
+        group: Channels of a group that the unit takes at once.
+    """
+    names = block_names(spec)
+    idle = dict.fromkeys(names, 0)
+    for block, after in zip(spec.blocks, names[2:], strict=True):
+        height, width, _ = boundary_shape(spec, after, size)
+        channels = block.mid_channels // block.groups
+        missing = max(group - channels, 0)
+        idle[block.name] = block.kernel**2 * missing * block.mid_channels * height * width
+    return idle
+
+
+def count_times(
+    costs: Sequence[BlockCost], idle: Mapping[str, int], device: Device, micro_batch: int, size: int
+) -> dict[str, BlockTime]:
     """Returns the time of each block on a micro-batch at a device's peak, from counts alone.
 
     Args:
         costs: Of all blocks, with group norm, which keeps what layers hand to each other and nothing else.
+        idle: Multiply-adds of an image that take time but are not done, by block; see `idle_macs`.
         device: Where.
         micro_batch: Images.
         size: Bytes of a computed number.
     """
     times = {}
     for block in costs:
-        arithmetic = 2 * micro_batch * block.macs / device.flops[size]
+        arithmetic = 2 * micro_batch * (block.macs + idle[block.name]) / device.flops[size]
         traffic = 2 * micro_batch * block.kept_bytes(size) + block.parameters * size
         forward = max(arithmetic, traffic / device.bandwidth)
         times[block.name] = BlockTime(forward, 3 * forward)
