@@ -104,6 +104,9 @@ def parse(argv: list[str]) -> list[str]:
 
 def leave(problem: object) -> None:
     """Ends the process with one line and status 2."""
+    where, traceback, _ = str(problem).partition('Error whilst parsing config file:')
+    if traceback:  # ml_collections quotes the traceback of a recipe; its last line says what is wrong
+        problem = where + str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
     text = ' '.join(str(problem).split())
     print(f'error: {text}', file=sys.stderr)
     sys.exit(2)

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 
-def parse(recipe: str, argument: str, *choices: Sequence[str]) -> tuple[str, ...]:
+def parse(argument: str, *choices: Sequence[str]) -> tuple[str, ...]:
     """Returns one word of each set: the one given, or the set's first.
 
     Args:
-        recipe: The file, for the message.
         argument: What stood behind the colon.
         choices: Sets of words; no word is in two of them.
 
@@ -18,7 +17,5 @@ def parse(recipe: str, argument: str, *choices: Sequence[str]) -> tuple[str, ...
     found = [[word for word in words if word in choice] for choice in choices]
     if any(len(own) > 1 for own in found) or sum(map(len, found)) < len(words):
         possible = ', '.join('|'.join(choice) for choice in choices)
-        raise ValueError(
-            f'{recipe}:{argument} is not understood; behind the colon stand words of {possible}, one of each'
-        )
+        raise ValueError(f'{argument!r} is not understood; behind the colon stand words of {possible}, one of each')
     return tuple((own or choice)[0] for own, choice in zip(found, choices, strict=True))

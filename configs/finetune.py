@@ -1,12 +1,11 @@
 """Two epochs at native resolution after a run of configs/imagenet_rmsprop.py at half, training the last layers only.
 
-python main.py --config=configs/finetune.py:b2,g16,group,head --config.init_from=runs/b2-g16-group-half \
-    --workdir=runs/b2-g16-group-fine
+python main.py --config=configs/finetune.py:b2,g16,group,head --workdir=runs/b2-g16-group-fine
 
-The argument is b0 … b5, g1 | g4 | g16 and group | batch | layer_proxy as that run had them, and head | block7 |
-block6: what is trained, from there to the end. It starts from that run's averaged weights. Images are seen as in
-evaluation (central, not mirrored), but mixed as before. Devices: as many as there are, one copy each; micro-batch 8
-fits one, for little goes backward.
+It starts from the averaged weights of runs/b2-g16-group-half, or of what --config.init_from names. The argument is
+b0 … b5, g1 | g4 | g16 and group | batch | layer_proxy as that run had them, and head | block7 | block6: what is
+trained, from there to the end. Images are seen as in evaluation (central, not mirrored), but mixed as before. Devices:
+as many as there are, one copy each; micro-batch 8 fits one, for little goes backward.
 
 The reference's command asks for 2^-11 × batch 512 with a cosine, and leaves its warm-up at the usual 5 epochs, which
 a run of 2 epochs never completes: the rate there is (n / 2.5 T) (1 + cos(π n / T)) / 2 of that, which peaks at 0.105
@@ -31,7 +30,7 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
         argument: Such as 'b2,g16,group,block7', see above.
     """
     variant, group, norm, part = arguments.parse(
-        'configs/finetune.py', argument, tuple(SIZES), ('g16', 'g4', 'g1'), imagenet_rmsprop.NORMS, tuple(TRAINABLE)
+        argument, tuple(SIZES), ('g16', 'g4', 'g1'), imagenet_rmsprop.NORMS, tuple(TRAINABLE)
     )
     config = imagenet_config(variant)
     config.init_from = f'runs/{variant}-{group}-{norm}-half'

@@ -36,7 +36,7 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     Args:
         argument: A system, see above; pod16 if left out.
     """
-    (system,) = arguments.parse('configs/imagenet_b4_g16.py', argument, (*REPLICAS, 'gpu8', 'runlocal'))
+    (system,) = arguments.parse(argument, (*REPLICAS, 'gpu8', 'runlocal'))
     config = imagenet_config('b4')
     config.epochs = 350.0
     config.global_batch = 6144

@@ -59,9 +59,7 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     Args:
         argument: Such as 'b2,g16,group,half', see above.
     """
-    variant, group, norm, resolution = arguments.parse(
-        'configs/imagenet_rmsprop.py', argument, tuple(SIZES), ('g16', 'g4', 'g1'), NORMS, RESOLUTIONS
-    )
+    variant, group, norm, resolution = arguments.parse(argument, tuple(SIZES), ('g16', 'g4', 'g1'), NORMS, RESOLUTIONS)
     config = imagenet_config(variant, resolution)
     config.epochs = 350.0
     set_model(config, group, norm)

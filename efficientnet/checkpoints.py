@@ -123,7 +123,7 @@ class Checkpoints:
                 continue
             return state, facts, complaints
         if complaints:
-            raise ConfigError('; '.join(complaints) + '; no whole one is left: give another --workdir')
+            raise ConfigError('; '.join(complaints) + '; no whole one is left: give another folder')
         return None
 
     def discard_after(self, position: int) -> None:

@@ -46,6 +46,7 @@ class RunWeights(NamedTuple):
     variables: dict[str, dict[str, np.ndarray]]  # {'params', 'batch_stats'}: {'block1a/expand/kernel': array, …}
     config: dict[str, Any]  # flat, of that run
     facts: dict[str, Any]  # saved beside the weights
+    complaints: list[str]  # about newer checkpoints that are damaged
 
 
 def read_weights(
@@ -76,7 +77,7 @@ def read_weights(
             checkpoints.close()
     if found is None:
         raise ConfigError(f'{field}={path} holds no checkpoint; train that run first')
-    arrays, facts, _ = found
+    arrays, facts, complaints = found
     state = unflatten_dict(arrays, sep='.')
     trees = {name: state.get(place) if place else state for name, place in KINDS.items()}
     if not state['epochs_averaged']:  # before an epoch has ended that average is not one
@@ -85,7 +86,7 @@ def read_weights(
     if not trees[chosen]:
         raise ConfigError(f'{kind_field}={kind!r}: {path} has no such average at step {facts["position"]}; take raw')
     variables = {name: flatten_dict(trees[chosen].get(name, {}), sep='/') for name in ('params', 'batch_stats')}
-    return RunWeights(path, facts['position'], chosen, variables, config, facts)
+    return RunWeights(path, facts['position'], chosen, variables, config, facts, complaints)
 
 
 def fit_weights(

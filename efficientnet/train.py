@@ -112,7 +112,7 @@ def _start(parts: Parts, workdir: pathlib.Path) -> Tree | None:
         return None
     found = read_weights(pathlib.Path(c.init_from).expanduser(), c.init_weights)
     variables, line = fit_weights(found, parts.packings, c, parts.rule.policy.master)
-    say(line)
+    say(*found.complaints, line)
     return variables
 
 

@@ -251,15 +251,14 @@ def test_finetune(part):
 def test_a_bad_argument_lists_what_is_possible(recipe, argument):
     with pytest.raises(ValueError, match='is not understood; behind the colon stand words of') as caught:
         recipe.get_config(argument)
-    file = f'{recipe.__name__.replace(".", "/")}.py'
     first = 'pod16|pod32|pod64|pod128|pod256|gpu8|runlocal' if recipe is imagenet_b4_g16 else 'b0|b1|b2|b3|b4|b5, g16|'
-    assert str(caught.value).startswith(f'{file}:{argument} ')
+    assert str(caught.value).startswith(repr(argument))
     assert first in str(caught.value)
 
 
 def test_words_in_any_order():
-    assert arguments.parse('x.py', 'c,a', ('a', 'b'), ('d', 'c')) == ('a', 'c')
-    assert arguments.parse('x.py', '', ('a', 'b'), ('d', 'c')) == ('a', 'd')
+    assert arguments.parse('c,a', ('a', 'b'), ('d', 'c')) == ('a', 'c')
+    assert arguments.parse('', ('a', 'b'), ('d', 'c')) == ('a', 'd')
     orders = [imagenet_rmsprop.get_config(','.join(words)) for words in itertools.permutations(['b1', 'g4', 'half'])]
     assert all(config == orders[0] for config in orders)
 

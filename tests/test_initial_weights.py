@@ -70,6 +70,22 @@ def test_no_average_before_an_epoch_has_ended(tmp_path, parts):
         read_weights(found, 'averaged')
 
 
+def test_a_damaged_checkpoint_is_stepped_over_and_named(tmp_path, run):
+    shutil.copytree(run, tmp_path / 'run')
+    folder = tmp_path / 'run' / 'checkpoints'
+    shutil.copytree(folder / '4', folder / '9')
+    for path in (folder / '9' / 'facts').rglob('*'):
+        if path.is_file():
+            path.write_bytes(b'{')
+    found = read_weights(tmp_path / 'run')
+    assert found.step == 4
+    assert len(found.complaints) == 1
+    assert f'{folder}/9 is damaged' in found.complaints[0]
+    shutil.rmtree(folder / '4')
+    with pytest.raises(ConfigError, match='no whole one is left: give another folder'):
+        read_weights(tmp_path / 'run')
+
+
 def test_no_average_at_all(tmp_path):
     found = save(tmp_path / 'run', tiny_parts(1, averaging__epoch_decay=0.0))
     assert read_weights(found).kind == 'raw'

@@ -21,6 +21,10 @@ def run(*arguments):
         ([], ['--workdir is missing']),
         (['--workdir=x'], ['--config is missing']),
         (['--workdir=x', '--config=configs/nothing.py'], ['configs/nothing.py']),
+        (
+            ['--workdir=x', '--config=configs/imagenet_rmsprop.py:b2,g8'],
+            ["error: flag --config=configs/imagenet_rmsprop.py:b2,g8: 'b2,g8' is not understood", 'g16|g4|g1'],
+        ),
         (['--workdir=x', '--config=configs/digits.py', '--config.optimizer.momentun=1'], ['momentun']),
         (['--workdir=x', '--config=configs/digits.py', '--config.seed=many'], ['seed', 'many']),
         (['--workdir=x', '--config=configs/digits.py', '--mode=dance'], ['mode', 'dance']),
