@@ -56,14 +56,10 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
     scale = table.SCALES[args.scale]
     trainer.load_recipe(scale.recipe, more)  # a mistake in a field shows here and not in every run
     every = table.settings(scale)
-    planned = runs.plan(scale, every, table.needed(scale, args.claims), args.workdir / args.scale, more)
+    planned = runs.plan(scale, every, every, args.workdir / args.scale, more)
     results = args.results or args.workdir / f'{args.scale}.csv'
-    if not args.show:
-        with Interrupt() as interrupt:
-            missing = [one for one in planned if runs.read(one, every) is None]
-            print(f'{len(planned) - len(missing)} of {len(planned)} runs are done', flush=True)
-            runner = runs.Runner(missing, every, stop=interrupt.requested, say=lambda text: print(text, flush=True))
-            trainer.in_threads(args.workers, runner.work)
+    names = table.needed(scale, args.claims)
+    stopped = 0 if args.show else train([one for one in planned if one.name in names], every, args.workers)
     rows = [row for one in planned if (row := runs.read(one, every)) is not None]
     if rows:
         runs.write_rows(rows, results)
@@ -75,6 +71,18 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
     claims = {name: claim for name, claim in table.claims(scale).items() if name in args.claims}
     print(report.show(claims, runs.collect(rows)))
     print(f'{len(rows)} runs; {results}')
+    if stopped:
+        sys.exit(128 + stopped)
+
+
+def train(planned: list[runs.Run], every: dict[str, table.Setting], workers: int) -> int:
+    """Does the runs that are not done; returns the number of the signal that ended it early, or 0."""
+    missing = [one for one in planned if runs.read(one, every) is None]
+    print(f'{len(planned) - len(missing)} of {len(planned)} runs are done', flush=True)
+    with Interrupt() as interrupt:
+        runner = runs.Runner(missing, every, stop=interrupt.requested, say=lambda text: print(text, flush=True))
+        trainer.in_threads(workers, runner.work)
+    return interrupt.number
 
 
 def main(argv: list[str]) -> None:

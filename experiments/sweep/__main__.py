@@ -45,8 +45,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if not argument.startswith('--config.'):
             parser.error(f'unrecognized argument {argument}')
     for name in ('trials', 'workers'):
-        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
-            parser.error(f'--{name}={getattr(args, name)} must be at least 1')
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f'--{name}={value} must be at least 1')
     args.name = args.name or f'{args.study}-{pathlib.Path(args.config).stem}'
     args.workdir = (args.workdir or pathlib.Path('runs') / args.name).expanduser().absolute()
     args.storage = args.storage or str(args.workdir / 'sweep.db')
@@ -77,6 +78,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     for file in report.write(study, args.workdir):
         print(file)
     print(summary(study))
+    if interrupt.requested():
+        sys.exit(128 + interrupt.number)
 
 
 def summary(study: optuna.Study) -> str:

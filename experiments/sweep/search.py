@@ -102,9 +102,9 @@ class Sweep:
 
     def enqueue_grid(self, values: dict[str, Sequence[Any]]) -> int:
         """Puts the points of a grid, but those that are there already, in front of the queue; returns how many."""
-        points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+        points = list(itertools.product(*values.values()))
         for point in points:
-            self.study.enqueue_trial(point, skip_if_exists=True)
+            self.study.enqueue_trial(dict(zip(values, point, strict=True)), skip_if_exists=True)
         return len(points)
 
     @contextlib.contextmanager
@@ -116,7 +116,7 @@ class Sweep:
                 trials = self.study.get_trials(deepcopy=False)
                 waiting = any(trial.state == TrialState.WAITING for trial in trials)
                 trial, lock = None, None
-                if waiting or len(points(trials)) < self.trials:
+                if waiting or _count(trials) < self.trials:
                     trial = self.study.ask(self.space)
                     folder = trial.user_attrs.get(FOLDER, f'{trial.number:04d}')
                     lock = stack.enter_context(trainer.held(self.runs / folder))
@@ -193,15 +193,10 @@ def show(value: Any) -> str:
     return f'{value:.3g}' if isinstance(value, float) else str(value)
 
 
-def unfinished(study: optuna.Study) -> int:
-    """Returns how many trials have neither ended nor been given up."""
-    return len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)))
-
-
-def points(trials: Sequence[FrozenTrial]) -> set[Any]:
-    """Returns one entry for each trial that counts: those that took one over share its folder."""
+def _count(trials: Sequence[FrozenTrial]) -> int:
+    """Returns how many trials were handed out; one and those that took it over share a folder and count once."""
     begun = [trial for trial in trials if FOLDER in trial.user_attrs or not trial.state.is_finished()]
-    return {trial.user_attrs.get(FOLDER, trial.number) for trial in begun}
+    return len({trial.user_attrs.get(FOLDER, trial.number) for trial in begun})
 
 
 @contextlib.contextmanager
