@@ -70,7 +70,6 @@ def check(stages, replicas, count, exact=False, bound=1e-5, **changes):
 
 # Stages, replicas, micro-batches; each layout's recomputation and schedule are there to be different.
 FEW = [
-    (2, 1, 1, 'stage', 'grouped'),
     (2, 2, 5, 'none', 'grouped'),
     (3, 2, 2, 'block', 'sequential'),
     (4, 2, 4, 'stage', 'grouped'),
@@ -114,7 +113,7 @@ def test_16_bits_kept_between_forward_and_backward():
     [
         {'model__norm': 'batch'},
         pytest.param({'model__norm': 'layer_proxy'}, marks=pytest.mark.slow),
-        {'optimizer__name': 'rmsprop', 'optimizer__epsilon': 1e-3},
+        pytest.param({'optimizer__name': 'rmsprop', 'optimizer__epsilon': 1e-3}, marks=pytest.mark.slow),
     ],
 )
 def test_norms_and_optimizers(changes):

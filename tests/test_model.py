@@ -82,7 +82,7 @@ def from_keras(network, variables):
     return jax.tree_util.tree_map_with_path(value, variables)
 
 
-@pytest.mark.parametrize('size', [64, 75])
+@pytest.mark.parametrize('size', [64, pytest.param(75, marks=pytest.mark.slow)])
 def test_b0_equals_keras(size):
     keras.utils.set_random_seed(0)
     network = keras.applications.EfficientNetB0(weights=None, input_shape=(size, size, 3))
@@ -123,7 +123,10 @@ def loss_and_logits(params, model, variables, x, keys):
 @pytest.mark.parametrize(
     ('norm', 'dtype'), [('group', jnp.float16), ('batch', jnp.bfloat16), ('layer_proxy', jnp.float16)]
 )
-@pytest.mark.parametrize(('group_size', 'size', 'stem_stride'), [(1, 33, 2), (4, 8, 1), (16, 33, 2)])
+@pytest.mark.parametrize(
+    ('group_size', 'size', 'stem_stride'),
+    [(1, 33, 2), pytest.param(4, 8, 1, marks=pytest.mark.slow), pytest.param(16, 33, 2, marks=pytest.mark.slow)],
+)
 def test_every_norm_and_group_size_trains_in_16_bit(norm, dtype, group_size, size, stem_stride):
     spec = micro_spec(group_size=group_size, stem_stride=stem_stride)
     model = EfficientNet(spec=spec, norm=norm, dtype=dtype)

@@ -156,7 +156,8 @@ def test_two_are_one_and_a_signal_to_either_stops_both(tmp_path, alone):
     assert_same_run(tmp_path / 'run', alone)
 
 
-@pytest.mark.parametrize('gone', [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize('gone', [0, 1])
 def test_when_one_is_killed_the_others_leave_and_say_so(tmp_path, alone, gone):
     run = Together(tmp_path / 'run', 2)
     run.wait_for_row()
@@ -170,7 +171,7 @@ def test_when_one_is_killed_the_others_leave_and_say_so(tmp_path, alone, gone):
     if statuses[1 - gone] == processes.LOST:
         assert f'process {gone} of 2 on ' in run.text(1 - gone)
         assert ' is gone' in run.text(1 - gone)
-    if gone == 0:
+    if gone == 1:
         last = Together(tmp_path / 'run', 1)
         assert last.wait() == [0], last.text()
         assert_same_run(tmp_path / 'run', alone)

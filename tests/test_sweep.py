@@ -262,6 +262,7 @@ def test_errors_are_one_line(argv, words, capsys):
     assert words in said
 
 
+@pytest.mark.slow
 def test_a_real_sweep(tmp_path):
     """One trial of the real trainer, by the command."""
     small = ['--config.steps=2', *SMALL, '--config.averaging.epoch_decay=0']
