@@ -414,7 +414,10 @@ def test_calibrate(tmp_path, monkeypatch):
     found = measure.calibrate(path)
     assert json.loads(path.read_text()) == found
     assert list(found['blocks']) == ['stem', *(f'block{n}a' for n in range(1, 8)), 'head']
-    assert all(0 < forward < both for forward, both in found['blocks'].values())
+    # Single blocks take microseconds here, too few to compare.
+    assert all(seconds > 0 for times in found['blocks'].values() for seconds in times)
+    forward, both = map(sum, zip(*found['blocks'].values(), strict=True))
+    assert forward < both
     # One core does no more than some hundred GFLOP/s, and moves some GB/s.
     assert 1e9 < found['flops'] < 1e12
     assert 1e8 < found['bandwidth'] < 1e12
