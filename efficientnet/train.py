@@ -277,7 +277,7 @@ class Run:
         last = position == parts.total_steps
         evaluates = _due(position, parts.evaluate_every, last) and self._evaluated_at != position
         saves = _due(position, parts.checkpoint_every, last) and self._saved_at != position
-        logs = _due(position, parts.log_every, last)
+        logs = _due(position, parts.log_every, last) and self._waiting is not None  # not again where a run goes on
         if position == 0 or not (evaluates or saves or logs):
             return
         self._read_waiting()
