@@ -50,9 +50,10 @@ _CLUSTER = flags.DEFINE_enum(
 def run(argv: list[str]) -> None:
     """Sets JAX up as the flags say and hands over."""
     logging.set_verbosity(logging.WARNING)  # absl's default for programs would pass on every library's chatter
-    from efficientnet.host_memory import keep_freed_memory
+    from efficientnet.host_memory import computes_on_cpu, keep_freed_memory
 
-    keep_freed_memory()
+    if _CPU_DEVICES.value or computes_on_cpu():
+        keep_freed_memory()
     import jax
 
     if _CPU_DEVICES.value:

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from efficientnet.host_memory import computes_on_cpu
+
 FAULTS = """
 import resource, sys
 import numpy as np
@@ -27,3 +29,20 @@ def test_memory_that_was_freed_is_not_fetched_again():
         found[how] = int(done.stdout)
     assert found['keep'] < 100
     assert found['plain'] > found['keep']  # 16384, or 32 with transparent huge pages
+
+
+@pytest.mark.parametrize(
+    ('asked', 'installed', 'expected'),
+    [
+        ('', (), True),
+        ('cpu', ('jax_plugins',), True),
+        ('', ('jax_plugins',), False),
+        ('', ('libtpu',), False),
+        ('cuda', (), False),
+        ('cuda,cpu', ('jax_plugins',), False),
+    ],
+)
+def test_who_computes(monkeypatch, asked, installed, expected):
+    monkeypatch.setenv('JAX_PLATFORMS', asked)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: name if name in installed else None)
+    assert computes_on_cpu() is expected
