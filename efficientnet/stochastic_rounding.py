@@ -26,6 +26,7 @@ import optax
 from efficientnet.errors import ConfigError
 from efficientnet.packing import ROW, StagedPacking
 from efficientnet.precision import BF16, FP16, FP32
+from efficientnet.random_keys import random_words
 
 ROUNDINGS = ('stochastic', 'nearest')
 
@@ -94,7 +95,7 @@ def row_bits(key: jax.Array, name: str, packing: StagedPacking) -> jax.Array:
     names = packing.own(packing.per_array(_checksum, np.uint32))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, _checksum(name)), names)
     keys = jax.vmap(jax.random.fold_in)(keys[packing.own(packing.owners)], packing.own(packing.indices))
-    return jax.vmap(lambda row_key: jax.random.bits(row_key, (ROW,), jnp.uint32))(keys)
+    return random_words(keys, ROW)
 
 
 class RoundUpdatesState(NamedTuple):

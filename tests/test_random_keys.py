@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientnet.random_keys import purpose_key, sample_keys
+from efficientnet.random_keys import purpose_key, random_words, sample_keys
 
 
 def test_purposes_seeds_steps_and_samples_differ():
@@ -29,3 +29,10 @@ def test_a_seed_may_be_known_at_run_time_only(seed):
     key = jax.random.key_data(purpose_key(seed, 'rounding'))
     found = jax.jit(lambda number: jax.random.key_data(purpose_key(number, 'rounding')))(np.uint32(seed))
     np.testing.assert_array_equal(found, key)
+
+
+@pytest.mark.parametrize('count', [1, 2, 7, 256])
+def test_words_are_those_of_jax(count):
+    keys = jax.random.split(purpose_key(3, 'rounding'), 5)
+    expected = jax.vmap(lambda key: jax.random.bits(key, (count,), jnp.uint32))(keys)
+    np.testing.assert_array_equal(random_words(keys, count), expected)
