@@ -278,7 +278,11 @@ def _open_sources(fields: Fields) -> Sources:
     other = given.test_dataset
     test_dir = given.test_dir if other else given.dir
     test = input_pipeline.open_source(
-        other or fields.dataset, given.test_split, test_dir or None, train_split=given.train_split
+        other or fields.dataset,
+        given.test_split,
+        test_dir or None,
+        train_split=given.train_split,
+        fields=input_pipeline.OTHER_TEST if other else None,
     )
     if test.classes != train.classes:
         raise ConfigError(

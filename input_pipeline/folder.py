@@ -6,11 +6,9 @@ import pathlib
 import numpy as np
 
 from input_pipeline.errors import DataError
-from input_pipeline.sources import WHOLE_IMAGE, Examples
+from input_pipeline.sources import TRAIN, WHOLE_IMAGE, Examples, Fields
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif')
-
-_LAYOUT = '<input.dir>/<split>/<class>/<image>.jpg'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,14 +37,14 @@ class FolderSource:
         return self.paths[index]
 
 
-def open_folder(root: pathlib.Path, split: str, train_split: str, field: str) -> FolderSource:
+def open_folder(root: pathlib.Path, split: str, train_split: str, fields: Fields) -> FolderSource:
     """Lists a split's images, classes and files in the order of their names.
 
     Args:
-        root: input.dir.
+        root: the folder of both splits.
         split: folder to read below it.
         train_split: folder whose class folders number the classes, for every split.
-        field: the config field that named the split.
+        fields: what the config calls root and split.
 
     Returns:
         The source.
@@ -54,12 +52,12 @@ def open_folder(root: pathlib.Path, split: str, train_split: str, field: str) ->
     Raises:
         DataError: if a folder is missing or empty, or holds a class that the training split lacks.
     """
-    classes = _class_folders(root, train_split, 'input.train_split')
-    folders = _class_folders(root, split, field)
+    classes = _class_folders(root, train_split, fields._replace(split=TRAIN.split))
+    folders = _class_folders(root, split, fields)
     unknown = sorted(set(folders) - set(classes))
     if unknown:
         raise DataError(
-            f'{field} = {split!r}: {root / split} has class folders that {root / train_split} lacks:'
+            f'{fields.split} = {split!r}: {root / split} has class folders that {root / train_split} lacks:'
             f' {", ".join(unknown[:5])}; the classes are those of the training split'
         )
     paths, labels = [], []
@@ -68,18 +66,20 @@ def open_folder(root: pathlib.Path, split: str, train_split: str, field: str) ->
         paths += sorted(map(str, files))
         labels += [classes.index(name)] * len(files)
     if not paths:
-        raise DataError(f'{field} = {split!r}: no images ({", ".join(EXTENSIONS)}) below {root / split}/<class>/')
+        kinds = ', '.join(EXTENSIONS)
+        raise DataError(f'{fields.split} = {split!r}: no images ({kinds}) below {root / split}/<class>/')
     return FolderSource(f'folder {root / split}', tuple(classes), tuple(paths), np.array(labels, np.int32))
 
 
-def _class_folders(root: pathlib.Path, split: str, field: str) -> list[str]:
+def _class_folders(root: pathlib.Path, split: str, fields: Fields) -> list[str]:
+    layout = f'<{fields.dir}>/<split>/<class>/<image>.jpg'
     if not root.is_dir():
-        raise DataError(f'input.dir = {str(root)!r} is not a folder; expected {_LAYOUT}')
+        raise DataError(f'{fields.dir} = {str(root)!r} is not a folder; expected {layout}')
     if not (root / split).is_dir():
-        raise DataError(f'{field} = {split!r}: there is no folder {root / split}; expected {_LAYOUT}')
+        raise DataError(f'{fields.split} = {split!r}: there is no folder {root / split}; expected {layout}')
     names = sorted(p.name for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith('.'))
     if not names:
-        raise DataError(f'{field} = {split!r}: {root / split} has no class folders; expected {_LAYOUT}')
+        raise DataError(f'{fields.split} = {split!r}: {root / split} has no class folders; expected {layout}')
     return names
 
 

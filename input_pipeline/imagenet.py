@@ -10,6 +10,7 @@ import re
 
 from input_pipeline.errors import DataError
 from input_pipeline.records import Keys, Part, RecordSource, open_records
+from input_pipeline.sources import Fields
 
 KEYS = Keys(
     image='image/encoded',
@@ -21,13 +22,13 @@ KEYS = Keys(
 _SHARD = re.compile(r'(.+)-(\d{5})-of-(\d{5})')
 
 
-def open_shards(root: pathlib.Path, split: str, field: str) -> RecordSource:
+def open_shards(root: pathlib.Path, split: str, fields: Fields) -> RecordSource:
     """Opens a split.
 
     Args:
-        root: input.dir; the shards lie in it, or in a folder of the split's name below it.
+        root: the shards lie in it, or in a folder of the split's name below it.
         split: first part of the files' names, 'train' or 'validation' as a rule.
-        field: the config field that named the split.
+        fields: what the config calls root and split.
 
     Returns:
         The source.
@@ -36,22 +37,22 @@ def open_shards(root: pathlib.Path, split: str, field: str) -> RecordSource:
         DataError: if there are no such files, or not all of them.
     """
     if not root.is_dir():
-        raise DataError(f'input.dir = {str(root)!r} is not a folder; expected <input.dir>/train-00000-of-01024')
+        raise DataError(f'{fields.dir} = {str(root)!r} is not a folder; expected <{fields.dir}>/train-00000-of-01024')
     folder = root / split if (root / split).is_dir() else root
     shards = [found for path in folder.iterdir() if (found := _SHARD.fullmatch(path.name))]
     mine = sorted(shard.group() for shard in shards if shard[1] == split)
     if not mine:
         known = ', '.join(sorted({shard[1] for shard in shards})) or 'none at all'
-        raise DataError(f'{field} = {split!r}: no shards {split}-00000-of-… in {folder}; splits there: {known}')
+        raise DataError(f'{fields.split} = {split!r}: no shards {split}-00000-of-… in {folder}; splits there: {known}')
     total = int(mine[0][-5:])
     missing = sorted({f'{split}-{i:05d}-of-{total:05d}' for i in range(total)} ^ set(mine))
     if missing:
         raise DataError(
-            f'{field} = {split!r}: {folder} has {len(mine)} shards that do not make up {total}: missing or not of'
-            f' this set: {", ".join(missing[:5])}'
+            f'{fields.split} = {split!r}: {folder} has {len(mine)} shards that do not make up {total}: missing or not'
+            f' of this set: {", ".join(missing[:5])}'
         )
     parts = [Part(str(folder / name)) for name in mine]
-    return open_records(f'imagenet_tfrecords {split}', class_names(), KEYS, parts)
+    return open_records(f'imagenet_tfrecords {split}', class_names(), KEYS, parts, fields.dir)
 
 
 def class_names() -> tuple[str, ...]:

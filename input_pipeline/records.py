@@ -111,7 +111,7 @@ class RecordSource:
         return f'{self.paths[self.shards[index]]} record {self.numbers[index]}'
 
 
-def open_records(name: str, classes: tuple[str, ...], keys: Keys, parts: Sequence[Part]) -> RecordSource:
+def open_records(name: str, classes: tuple[str, ...], keys: Keys, parts: Sequence[Part], field: str) -> RecordSource:
     """Finds the records of a split.
 
     Args:
@@ -119,6 +119,7 @@ def open_records(name: str, classes: tuple[str, ...], keys: Keys, parts: Sequenc
         classes: class names.
         keys: of the examples.
         parts: of which files the split consists, in order.
+        field: the config field that named their folder.
 
     Returns:
         The source.
@@ -128,13 +129,13 @@ def open_records(name: str, classes: tuple[str, ...], keys: Keys, parts: Sequenc
     """
     paths = tuple(dict.fromkeys(part.path for part in parts))
     number_of = {path: number for number, path in enumerate(paths)}
-    starts = tfrecords.index_shards(paths)
+    starts = tfrecords.index_shards(paths, field)
     shards, numbers, spans = [np.empty(0, np.int32)], [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)]
     for part in parts:
         start = starts[number_of[part.path]]
         if part.total not in (None, len(start) - 1):
             raise DataError(
-                f'input.dir: {part.path} has {len(start) - 1} records where dataset_info.json says {part.total};'
+                f'{field}: {part.path} has {len(start) - 1} records where dataset_info.json says {part.total};'
                 ' prepare the data set again'
             )
         number = np.arange(part.skip, len(start) - 1 if part.take is None else part.skip + part.take)

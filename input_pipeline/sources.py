@@ -139,6 +139,19 @@ class CachedSource:
                 self._used[0] += size
 
 
+class Fields(NamedTuple):
+    """What a config calls the things a split is opened by, for messages."""
+
+    dataset: str
+    dir: str
+    split: str
+
+
+TRAIN = Fields('dataset', 'input.dir', 'input.train_split')
+TEST = Fields('dataset', 'input.dir', 'input.test_split')
+OTHER_TEST = Fields('input.test_dataset', 'input.test_dir', 'input.test_split')
+
+
 def check_labels(source: Source, indices: Sequence[int] | np.ndarray, labels: np.ndarray) -> None:
     """Compares labels with the classes that the source has.
 
@@ -158,7 +171,9 @@ def check_labels(source: Source, indices: Sequence[int] | np.ndarray, labels: np
         )
 
 
-def open_source(name: str, split: str, data_dir: str | None = None, *, train_split: str = 'train') -> Source:
+def open_source(
+    name: str, split: str, data_dir: str | None = None, *, train_split: str = 'train', fields: Fields | None = None
+) -> Source:
     """Opens a split of a data set.
 
     Args:
@@ -167,8 +182,8 @@ def open_source(name: str, split: str, data_dir: str | None = None, *, train_spl
             if need be: 'name/config'.
         split: name of the split; TFDS understands 'train[:90%]' and the like.
         data_dir: where the images or the prepared TFDS data lie; None: TFDS' own default.
-        train_split: the run's training split. Its folders define the classes of 'folder', and errors about
-            any other split speak of input.test_split.
+        train_split: the run's training split; its folders define the classes of 'folder'.
+        fields: what errors call the first three; None: `TRAIN` for the training split, else `TEST`.
 
     Returns:
         A source that can be read at any index.
@@ -176,31 +191,31 @@ def open_source(name: str, split: str, data_dir: str | None = None, *, train_spl
     Raises:
         DataError: if there is no such data set, split or folder, or it cannot be used; says what would do.
     """
-    field = 'input.train_split' if split == train_split else 'input.test_split'
+    fields = fields or (TRAIN if split == train_split else TEST)
     if name == 'digits':
         from input_pipeline import digits as kind
 
-        source = kind.open_digits(split, field)
+        source = kind.open_digits(split, fields.split)
     elif name == 'sample_photos':
         from input_pipeline import sample_photos as kind
 
-        source = kind.open_sample_photos(split, field)
+        source = kind.open_sample_photos(split, fields.split)
     elif name == 'folder':
         from input_pipeline import folder as kind
 
         if data_dir is None:
-            raise DataError("input.dir = None must name a folder when dataset is 'folder'")
-        source = kind.open_folder(pathlib.Path(data_dir).expanduser(), split, train_split, field)
+            raise DataError(f'{fields.dir} is empty; with {fields.dataset} = {name!r} it must name a folder')
+        source = kind.open_folder(pathlib.Path(data_dir).expanduser(), split, train_split, fields)
     elif name == 'imagenet_tfrecords':
         from input_pipeline import imagenet as kind
 
         if data_dir is None:
-            raise DataError("input.dir = None must name a folder when dataset is 'imagenet_tfrecords'")
-        source = kind.open_shards(pathlib.Path(data_dir).expanduser(), split, field)
+            raise DataError(f'{fields.dir} is empty; with {fields.dataset} = {name!r} it must name a folder')
+        source = kind.open_shards(pathlib.Path(data_dir).expanduser(), split, fields)
     else:
         from input_pipeline import tfds_source as kind
 
-        source = kind.open_tfds(name, split, data_dir, field)
+        source = kind.open_tfds(name, split, data_dir, fields)
     if source.num_examples == 0:
-        raise DataError(f'{field} = {split!r} of {name} has no examples')
+        raise DataError(f'{fields.split} = {split!r} of {name} has no examples')
     return source

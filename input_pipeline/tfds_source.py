@@ -15,7 +15,7 @@ from input_pipeline import images
 from input_pipeline.errors import DataError
 from input_pipeline.quiet_tf import tf
 from input_pipeline.records import Keys, Part, RecordSource, open_records
-from input_pipeline.sources import ArraySource
+from input_pipeline.sources import ArraySource, Fields
 
 import tensorflow_datasets as tfds  # isort: skip  # after quiet_tf, which it would import unquietly
 
@@ -26,14 +26,14 @@ _MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images
 _DECODE_CHUNK = 512  # images
 
 
-def open_tfds(name: str, split: str, data_dir: str | None, field: str) -> ArraySource | RecordSource:
+def open_tfds(name: str, split: str, data_dir: str | None, fields: Fields) -> ArraySource | RecordSource:
     """Opens a TFDS split, prepared or preparable.
 
     Args:
         name: data set, 'name' or 'name/config'.
         split: split or part of one, such as 'train[:90%]'.
         data_dir: folder with the prepared data; None: TFDS' default.
-        field: the config field that named the split.
+        fields: what the config calls the first three, in another order.
 
     Returns:
         An ArraySource if all images have one known shape and fit into 4 GiB, else a RecordSource.
@@ -41,35 +41,35 @@ def open_tfds(name: str, split: str, data_dir: str | None, field: str) -> ArrayS
     Raises:
         DataError: if data set or split are unknown, it cannot be prepared, or holds no labelled uint8 images.
     """
-    builder = _prepared_builder(name, data_dir)
+    builder = _prepared_builder(name, data_dir, fields)
     features, keys = builder.info.features, Keys()
     if set(features or ()) >= REAL:
         keys = Keys(label='original_label', among='real_label')
     if not {'image', keys.label} <= set(features or ()):
-        raise DataError(f"dataset = {name!r} has features {sorted(features or ())}, needs 'image' and 'label'")
+        raise DataError(f"{fields.dataset} = {name!r} has features {sorted(features or ())}, needs 'image' and 'label'")
     image, label = features['image'], features[keys.label]
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
-        raise DataError(f"dataset = {name!r}: 'image' must be a uint8 tfds.features.Image, not {image}")
+        raise DataError(f"{fields.dataset} = {name!r}: 'image' must be a uint8 tfds.features.Image, not {image}")
     if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
-        raise DataError(f"dataset = {name!r}: 'label' must be a tfds.features.ClassLabel, not {label}")
+        raise DataError(f"{fields.dataset} = {name!r}: 'label' must be a tfds.features.ClassLabel, not {label}")
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
-        raise DataError(f'dataset = {name!r} is prepared as {builder.info.file_format}; only tfrecord is read')
-    source = _record_source(builder, f'{name} {split}', tuple(label.names), keys, split, field)
+        raise DataError(f'{fields.dataset} = {name!r} is prepared as {builder.info.file_format}; only tfrecord is read')
+    source = _record_source(builder, f'{name} {split}', tuple(label.names), keys, split, fields)
     height, width = image.shape[:2]
     if height and width and source.num_examples * height * width * 3 <= _MEMORY_LIMIT:
         return _decode_all(source, (height, width, 3))
     return source
 
 
-def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+def _prepared_builder(name: str, data_dir: str | None, fields: Fields) -> tfds.core.DatasetBuilder:
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         known = ['digits', 'folder', *tfds.list_builders(with_community_datasets=False)]
         near = difflib.get_close_matches(name, known) or ['digits', 'folder', 'cifar10', 'imagenet2012']
-        raise DataError(f'dataset = {name!r} is unknown; nearest: {", ".join(near)}') from error
+        raise DataError(f'{fields.dataset} = {name!r} is unknown; nearest: {", ".join(near)}') from error
     except (ValueError, AssertionError) as error:  # no such config or version; not a name at all
-        raise DataError(f'dataset = {name!r}: {_first_line(error)}') from error
+        raise DataError(f'{fields.dataset} = {name!r}: {_first_line(error)}') from error
     if builder.info.splits:
         return builder
     try:
@@ -77,7 +77,7 @@ def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuild
     except Exception as error:  # whatever a download, a parser or a disk may raise
         folder = pathlib.Path(builder.data_dir).parents[builder.info.full_name.count('/')]  # without name/version
         raise DataError(
-            f'dataset = {name!r} is not prepared in input.dir = {folder} and preparing it failed'
+            f'{fields.dataset} = {name!r} is not prepared in {fields.dir} = {folder} and preparing it failed'
             f' ({_first_line(error)}); try: tfds build {name} --data_dir={folder}'
         ) from error
     return builder
@@ -88,15 +88,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _record_source(
-    builder: tfds.core.DatasetBuilder, name: str, classes: tuple[str, ...], keys: Keys, split: str, field: str
+    builder: tfds.core.DatasetBuilder, name: str, classes: tuple[str, ...], keys: Keys, split: str, fields: Fields
 ) -> RecordSource:
     try:
         instructions = builder.info.splits[split].file_instructions
     except (ValueError, KeyError) as error:
         known = ', '.join(builder.info.splits)
-        raise DataError(f'{field} = {split!r} must be one of {known}, or a part such as train[:90%]') from error
+        raise DataError(f'{fields.split} = {split!r} must be one of {known}, or a part such as train[:90%]') from error
     parts = [Part(part.filename, part.skip, part.take, part.examples_in_shard) for part in instructions]
-    return open_records(name, classes, keys, parts)
+    return open_records(name, classes, keys, parts, fields.dir)
 
 
 def _decode_all(source: RecordSource, shape: tuple[int, int, int]) -> ArraySource:

@@ -27,29 +27,30 @@ _CACHE_FROM_BYTES = 2**30  # smaller data sets are indexed in less than a second
 _THREADS = 32  # they wait for the disk
 
 
-def index_shards(paths: Sequence[str]) -> list[np.ndarray]:
+def index_shards(paths: Sequence[str], field: str = 'input.dir') -> list[np.ndarray]:
     """Finds the records of TFRecord files.
 
     Args:
         paths: the files.
+        field: the config field that named their folder.
 
     Returns:
         For each file int64 [records + 1]: the byte at which each record starts, and the size of the file.
 
     Raises:
-        DataError: if a file is missing, or ends within a record.
+        DataError: if a file is missing or cannot be read, or ends within a record.
     """
     try:
         stats = [os.stat(path) for path in paths]
     except OSError as error:
-        raise DataError(f'input.dir: cannot read {error.filename}: {error.strerror}') from error
+        raise DataError(f'{field}: cannot read {error.filename}: {error.strerror}') from error
     large = sum(stat.st_size for stat in stats) >= _CACHE_FROM_BYTES
     cache = _cache_path(paths, stats)
     if large and cache.exists():
         with np.load(cache) as saved:
             return [saved[f'arr_{i}'] for i in range(len(paths))]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        shards = list(pool.map(_index_shard, paths))
+        shards = list(pool.map(lambda path: _index_shard(path, field), paths))
     if large:
         _save(cache, shards)
     return shards
@@ -64,15 +65,18 @@ def read_record(path: str, start: int, stop: int) -> bytes:
         os.close(descriptor)
 
 
-def _index_shard(path: str) -> np.ndarray:
+def _index_shard(path: str, field: str) -> np.ndarray:
     starts = [0]
-    with open(path, 'rb', buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        while starts[-1] + _HEADER + _FOOTER <= size:
-            (length,) = struct.unpack('<Q', os.pread(file.fileno(), 8, starts[-1]))
-            starts.append(starts[-1] + _HEADER + length + _FOOTER)
+    try:
+        with open(path, 'rb', buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            while starts[-1] + _HEADER + _FOOTER <= size:
+                (length,) = struct.unpack('<Q', os.pread(file.fileno(), 8, starts[-1]))
+                starts.append(starts[-1] + _HEADER + length + _FOOTER)
+    except OSError as error:
+        raise DataError(f'{field}: cannot read {path}: {error.strerror}') from error
     if starts[-1] != size:
-        raise DataError(f'input.dir: {path} is damaged or incomplete, record {len(starts) - 1} does not fit into it')
+        raise DataError(f'{field}: {path} is damaged or incomplete, record {len(starts) - 1} does not fit into it')
     return np.array(starts, np.int64)
 
 

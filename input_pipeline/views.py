@@ -1,5 +1,6 @@
 """Single images as evaluation sees them: for prediction on files, and on arrays in a notebook."""
 
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -52,6 +53,8 @@ def make_view(
             return see(decode(tf.constant(pathlib.Path(image).read_bytes()))).numpy()
         except OSError as error:
             raise DataError(f'{image}: {error.strerror}') from error
+        except ValueError as error:  # a zero byte, which no path may have
+            raise DataError(f'{str(image)!r}: {error}') from error
         except tf.errors.InvalidArgumentError as error:
             raise DataError(f'{image}: no JPEG, PNG, BMP or GIF, or a damaged one') from error
 
@@ -66,11 +69,11 @@ def find_images(names: Sequence[str]) -> list[str]:
     """
     found = []
     for name in names:
-        folder = pathlib.Path(name)
-        if not folder.is_dir():
+        if not os.path.isdir(name):  # pathlib's raises for names that are too long
             found.append(name)
             continue
-        files = sorted(str(path) for path in folder.rglob('*') if path.suffix.lower() in EXTENSIONS and path.is_file())
+        inside = pathlib.Path(name).rglob('*')
+        files = sorted(str(path) for path in inside if path.suffix.lower() in EXTENSIONS and path.is_file())
         if not files:
             raise DataError(f'{name} holds no images ({", ".join(EXTENSIONS)})')
         found += files

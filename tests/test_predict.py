@@ -162,3 +162,13 @@ def test_names_of_imagenet():
     assert (len(names), len(set(names))) == (1000, 1000)
     assert (names[0], names[207], names[985], names[999]) == ('tench', 'golden retriever', 'daisy', 'toilet tissue')
     assert readable(['n01440764', 'cat']) == ('tench', 'cat')
+
+
+def test_names_that_no_file_can_have_are_left_out():
+    long, zero = 'x' * 5000, 'a\0b'
+    assert find_images([long, zero]) == [long, zero]
+    view = make_view(8, None)
+    with pytest.raises(DataError, match='too long'):
+        view(long)
+    with pytest.raises(DataError, match='null byte'):
+        view(zero)

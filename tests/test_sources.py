@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-from input_pipeline import DataError, open_source
+from input_pipeline import OTHER_TEST, DataError, open_source
 from input_pipeline.sources import WHOLE_IMAGE, ArraySource, CachedSource, Examples
 
 
@@ -81,7 +81,7 @@ def test_folder_errors_name_what_was_looked_for(folder):
         open_source('folder', 'train', 'nowhere')
     with pytest.raises(DataError, match=f"input.test_split = 'val': there is no folder {folder}/val.*{layout}"):
         open_source('folder', 'val', str(folder))
-    with pytest.raises(DataError, match=r'input.dir = None must name a folder'):
+    with pytest.raises(DataError, match=r'input.dir is empty; with dataset = .folder. it must name'):
         open_source('folder', 'train')
     (folder / 'test/bird').mkdir()
     with pytest.raises(DataError, match=r'input.test_split.*class folders that .*train lacks: bird'):
@@ -133,3 +133,15 @@ def test_a_cache_keeps_the_first_that_fit_and_nothing_damaged():
 def test_a_cache_has_a_limit():
     with pytest.raises(DataError, match=r'input.cache = -1 must be at least 0 GiB'):
         CachedSource(Counted(), -(2**30))
+
+
+def test_errors_about_other_test_data_name_its_own_fields(tmp_path):
+    for name, split, folder, fields in (
+        ('nowhere', 'test', None, 'input.test_dataset'),
+        ('folder', 'test', None, 'input.test_dir'),
+        ('folder', 'test', 'missing', 'input.test_dir'),
+        ('imagenet_tfrecords', 'validation', str(tmp_path / 'missing'), 'input.test_dir'),
+        ('digits', 'validation', None, 'input.test_split'),
+    ):
+        with pytest.raises(DataError, match=f'^{fields} '):
+            open_source(name, split, folder, fields=OTHER_TEST)

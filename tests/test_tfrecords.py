@@ -57,3 +57,8 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path, monke
     monkeypatch.setattr(tfrecords, '_CACHE_FROM_BYTES', 1)
     assert len(tfrecords.index_shards([write(tmp_path / 'a', [b'x'])])[0]) == 2
     assert 'cannot write' in caplog.text
+
+
+def test_a_folder_in_the_place_of_a_shard(tmp_path):
+    with pytest.raises(DataError, match=r'cannot read .*: Is a directory'):
+        tfrecords.index_shards([str(tmp_path)])
