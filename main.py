@@ -67,6 +67,8 @@ def run(argv: list[str]) -> None:
     if _MODE.value == 'predict':
         from efficientnet.predict import predict
 
+        for stream in filter(None, (sys.stdin, sys.stdout)):  # a file's name is bytes, which need not be UTF-8
+            stream.reconfigure(encoding='utf-8', errors='surrogateescape')
         form = 'csv' if _CSV.value else 'json' if _JSON.value else 'text'
         sys.exit(bool(predict(pathlib.Path(_WORKDIR.value).expanduser(), argv[1:], form, _WEIGHTS.value, sys.stdout)))
 
@@ -100,6 +102,9 @@ def parse(argv: list[str]) -> list[str]:
         leave('--config means nothing to --mode=predict, which takes it from the workdir')
     if _CSV.value and _JSON.value:
         leave('--csv and --json cannot both be had; give one')
+    for flag in (_CSV, _JSON, _WEIGHTS):
+        if flag.present and _MODE.value != 'predict':
+            leave(f'--{flag.name} means nothing to --mode={_MODE.value}, only to --mode=predict')
     return rest
 
 

@@ -154,7 +154,7 @@ def predict(workdir: pathlib.Path, names: Sequence[str], form: str, weights: str
     """
     from input_pipeline import views  # here: TensorFlow takes seconds to import
 
-    listed = [line for name in names for line in (sys.stdin.read().splitlines() if name == '-' else [name]) if line]
+    listed = [line for name in names for line in (sys.stdin.read().split('\n') if name == '-' else [name]) if line]
     if not listed:
         raise DataError('no images are named; give files, folders, or - and a list on standard input')
     files = views.find_images(listed)
@@ -184,7 +184,7 @@ def _write_csv(found: Iterator[tuple[Image, list[Guess]]], out: TextIO) -> None:
 
 
 def _write_json(found: Iterator[tuple[Image, list[Guess]]], out: TextIO) -> None:
-    json.dump([{'file': file, 'top': guesses} for file, guesses in found], out, indent=2, ensure_ascii=False)
+    json.dump([{'file': file, 'top': guesses} for file, guesses in found], out, indent=2)  # ASCII: bytes are escaped
     out.write('\n')
 
 
