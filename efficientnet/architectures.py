@@ -99,13 +99,20 @@ def fields_of(scheme: str, name: str) -> Fields:
 
 
 def fields_of_timm_config(pretrained: dict[str, Any]) -> Fields:
-    """Returns the fields that a timm 'pretrained_cfg' (config.json beside the weights on a hub) says more exactly."""
+    """Returns the fields that a timm 'pretrained_cfg' (config.json beside the weights on a hub) says more exactly.
+
+    Raises:
+        ConfigError: One of them is of another kind.
+    """
     fields: Fields = {}
-    if 'input_size' in pretrained:
-        fields['image_size'] = int(pretrained['input_size'][-1])
-    if 'crop_pct' in pretrained:
-        fields['evaluation.crop_ratio'] = float(pretrained['crop_pct'])
-    for name in ('mean', 'std'):
-        if name in pretrained:
-            fields[f'augment.{name}'] = tuple(round(255 * value, 4) for value in pretrained[name])
+    try:
+        if 'input_size' in pretrained:
+            fields['image_size'] = int(pretrained['input_size'][-1])
+        if 'crop_pct' in pretrained:
+            fields['evaluation.crop_ratio'] = float(pretrained['crop_pct'])
+        for name in ('mean', 'std'):
+            if name in pretrained:
+                fields[f'augment.{name}'] = tuple(round(255 * value, 4) for value in pretrained[name])
+    except (TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"'pretrained_cfg' in config.json beside the weights is damaged ({error})") from error
     return fields

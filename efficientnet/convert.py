@@ -22,9 +22,9 @@ from configs import base
 from efficientnet import architectures, naming, state_dicts
 from efficientnet.class_names import imagenet
 from efficientnet.dataset_facts import DatasetFacts
-from efficientnet.errors import ConfigError
+from efficientnet.errors import ConfigError, RunError
 from efficientnet.settings import CHECKPOINTS, CONFIG, flatten
-from efficientnet.weights import CARD, Trained, read_run, variable_shapes, write_run
+from efficientnet.weights import CARD, Trained, config_of, read_run, variable_shapes, write_run
 from input_pipeline.errors import DataError
 
 
@@ -52,23 +52,35 @@ def convert(
     """
     if dest.exists():  # before the work rather than after it
         raise ConfigError(f'{dest} exists; give a folder that does not')
-    if (source / CONFIG).is_file() and (source / CHECKPOINTS).is_dir():
+    of_run = (source / CONFIG).is_file() and (source / CHECKPOINTS).is_dir()
+    found = None if of_run else state_dicts.read(source, kind)
+    if (of_run or CARD in found.metadata) and (architecture or classes):
+        raise ConfigError(
+            f'{source} says what its architecture and classes are; leave out --architecture and --classes'
+        )
+    if of_run:
         trained = read_run(source, 'raw' if kind == 'auto' else kind)
+        trained.config.update_from_flattened_dict(overrides or {})
+    elif CARD in found.metadata:
+        trained = _from_card(found, source, kind, overrides or {})
     else:
-        found = state_dicts.read(source, kind)
-        if CARD in found.metadata:
-            trained = _from_card(found, json.loads(found.metadata[CARD]))
-        else:
-            trained = _from_foreign(found, source, architecture, classes, overrides or {})
+        trained = _from_foreign(found, source, architecture, classes, overrides or {})
     write_run(dest, trained)
     return trained
 
 
-def _from_card(found: state_dicts.StateDict, card: dict) -> Trained:
+def _from_card(found: state_dicts.StateDict, source: pathlib.Path, kind: str, overrides: dict[str, object]) -> Trained:
     """A file that we exported says everything about itself."""
-    config = ml_collections.ConfigDict(card['config'], convert_dict=True)
-    dataset = DatasetFacts(tuple(card['dataset']['classes']), card['dataset']['image_shape'])
-    trained = Trained(config, dataset, {}, card['weights'], card['step'], card['accuracy'])
+    try:
+        card = json.loads(found.metadata[CARD])
+        dataset = DatasetFacts(tuple(card['dataset']['classes']), card['dataset']['image_shape'])
+        fields = flatten(card['config'])
+        trained = Trained(base.get_config(), dataset, {}, card['weights'], card['step'], card['accuracy'])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f'{source}: its model card is damaged ({error!r}); export it again') from error
+    if kind not in ('auto', trained.kind):
+        raise ConfigError(f'{source} has no weights {kind!r}, only {trained.kind!r}')
+    trained = trained._replace(config=config_of(fields | overrides, f'the model card of {source}'))
     return trained._replace(variables=naming.to_ours(found.arrays, variable_shapes(trained), 'timm'))
 
 
@@ -90,7 +102,7 @@ def _from_foreign(
             'say it: --architecture=tf_efficientnet_b0'
         )
     fields = architectures.fields_of(scheme, told)
-    fields |= architectures.fields_of_timm_config(beside.get('pretrained_cfg', {})) | overrides
+    fields |= architectures.fields_of_timm_config(beside.get('pretrained_cfg') or {}) | overrides
     dataset = DatasetFacts(_class_names(found, scheme, prefix, classes), None)
     trained = Trained(_config(fields), dataset, {}, found.kind, 0, {})
     suffix = naming.AVERAGE if scheme == 'tensorflow' and found.kind == 'averaged' else ''
@@ -126,7 +138,6 @@ def _config(fields: dict[str, object]) -> ml_collections.ConfigDict:
 
 def main() -> None:
     """Converts; whatever is wrong is one line."""
-    config = config_flags.DEFINE_config_dict('config', base.get_config(), 'Fields to set in the run that is made.')
     name = flags.DEFINE_string(
         'architecture', '', "As timm calls it, such as tf_efficientnet_b0; '' = as the file says."
     )
@@ -137,6 +148,11 @@ def main() -> None:
     def leave(problem: object) -> None:
         print('error: ' + ' '.join(str(problem).split()), file=sys.stderr)
         sys.exit(2)
+
+    try:  # which looks up the fields on the command line at once
+        config = config_flags.DEFINE_config_dict('config', base.get_config(), 'Fields to set in the run that is made.')
+    except (AttributeError, KeyError) as error:
+        leave(f'--config has no field {error}; configs/base.py names all')
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -158,10 +174,10 @@ def main() -> None:
                 dest,
                 architecture=name.value,
                 kind=kind.value,
-                classes=pathlib.Path(classes.value) if classes.value else None,
+                classes=pathlib.Path(classes.value).expanduser() if classes.value else None,
                 overrides=chosen,
             )
-        except (ConfigError, DataError) as error:
+        except (ConfigError, DataError, RunError) as error:
             leave(error)
         c = trained.config
         print(

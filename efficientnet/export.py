@@ -56,16 +56,18 @@ def export(
     Raises:
         ConfigError: There is no such run or weights, something exists already or cannot be written.
     """
+    if not dest.name:
+        raise ConfigError(f'{dest} is a folder; give the name of a file')
     card_file = dest.with_name(dest.name + '.json')
     files = [dest, card_file] if form == 'stablehlo' else [dest]
     for path in files:
-        if path.exists():
+        if os.path.exists(path):  # pathlib's raises for names that are too long
             raise ConfigError(f'{path} exists; give a name that does not')
     trained = in_policy(read_run(workdir, kind), policy)
     card = model_card(trained)
     content = {'safetensors': to_safetensors, 'stablehlo': to_stablehlo, 'onnx': to_onnx}[form](trained, card)
     contents = [content, json.dumps(card, indent=2, ensure_ascii=False).encode()]
-    drafts = [path.with_name(path.name + '.tmp') for path in files]
+    drafts = [path.with_name(f'.{path.name}.{os.getpid()}') for path in files]
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         for draft, data in zip(drafts, contents, strict=False):
@@ -73,10 +75,11 @@ def export(
         for draft, path in zip(drafts, files, strict=True):
             os.replace(draft, path)
     except OSError as error:
-        raise ConfigError(f'{error.filename} cannot be written: {error.strerror}') from error
+        raise ConfigError(f'{dest} cannot be written: {error.strerror}') from error
     finally:
         for draft in drafts:
-            draft.unlink(missing_ok=True)
+            if os.path.exists(draft):
+                draft.unlink()
     return files
 
 

@@ -29,7 +29,7 @@ def frozen_names(trainable: str, parameters: Sequence[str], statistics: Sequence
             none of the norm's own parameters is trained.
 
     Raises:
-        ConfigError: A pattern matches nothing.
+        ConfigError: A pattern matches nothing, or there is none between the commas.
     """
     trained: set[str] = set()
     for pattern in filter(None, (part.strip() for part in trainable.split(','))):
@@ -42,6 +42,8 @@ def frozen_names(trainable: str, parameters: Sequence[str], statistics: Sequence
             )
         trained.update(matched)
     if not trained:
+        if trainable:
+            raise ConfigError(f"optimizer.trainable={trainable!r} names nothing; '' trains everything")
         return frozenset()
     norms = {name.rpartition('/')[0] for name in trained}
     return frozenset(parameters) - trained | {name for name in statistics if name.rpartition('/')[0] not in norms}

@@ -61,8 +61,11 @@ def read_stored(workdir: pathlib.Path) -> dict[str, Any]:
         ConfigError: The file is damaged.
     """
     try:
-        return json.loads((workdir / CONFIG).read_text())
-    except ValueError as error:
+        found = json.loads((workdir / CONFIG).read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f'{type(found).__name__} instead of fields')
+        return found
+    except (OSError, ValueError) as error:
         raise ConfigError(f'{workdir / CONFIG} is damaged ({error}); restore it or give another folder') from error
 
 

@@ -88,7 +88,7 @@ def _read_pickle(source: pathlib.Path, kind: str) -> StateDict:
             raise ConfigError(f'{source} is damaged or no PyTorch file') from error
         raise ConfigError(f'{source} is refused: it holds more than tensors, and loading it could run code') from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:  # whatever half a file leads to
-        raise ConfigError(f'{source} is damaged or incomplete: {str(error).splitlines()[0][:200]}') from error
+        raise ConfigError(f'{source} is damaged or incomplete: {str(error)[:200]}') from error
     return _nested(source, found, kind)
 
 
@@ -135,4 +135,4 @@ def timm_config(source: pathlib.Path) -> dict[str, Any]:
         found = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise ConfigError(f'{path} is damaged ({error})') from error
-    return found if 'architecture' in found else {}
+    return found if isinstance(found, dict) and isinstance(found.get('architecture'), str) else {}

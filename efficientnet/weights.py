@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 from typing import Any, NamedTuple
 
 import flax
@@ -64,6 +65,8 @@ class Trained(NamedTuple):
 def read_run(workdir: pathlib.Path, kind: str = 'raw') -> Trained:
     """Reads the newest whole checkpoint of a run; the data set is not needed.
 
+    Newer checkpoints that are damaged are named on standard error.
+
     Args:
         workdir: Of the run.
         kind: 'raw', 'averaged' (over epochs) or 'update_average'.
@@ -72,11 +75,9 @@ def read_run(workdir: pathlib.Path, kind: str = 'raw') -> Trained:
         ConfigError: There is no run or no checkpoint, it has no such weights, or they don't fit its config.
     """
     found = read_weights(workdir, kind, field='--workdir', kind_field='--weights')
-    config = base.get_config()
-    unknown = sorted(found.config.keys() - flatten(config).keys())
-    if unknown:
-        raise ConfigError(f'{workdir / CONFIG} has fields that are not in configs/base.py: {", ".join(unknown)}')
-    config.update_from_flattened_dict(found.config)  # what an older run lacks is as there
+    config = config_of(found.config, str(workdir / CONFIG))
+    for complaint in found.complaints:
+        print(f'{complaint}; taking that of step {found.step}', file=sys.stderr)
     facts = found.facts
     known = facts['evaluation'] if facts['evaluated_at'] == facts['position'] else {}
     columns = (COLUMNS[kind], *(('test_loss', 'test_top5') if kind == 'raw' else ()))
@@ -94,6 +95,23 @@ def read_run(workdir: pathlib.Path, kind: str = 'raw') -> Trained:
     )
     check_shapes(trained, str(workdir))
     return trained
+
+
+def config_of(fields: dict[str, Any], where: str) -> ml_collections.ConfigDict:
+    """Returns the config with the flat fields of a run; what an older run lacks is as in configs/base.py.
+
+    Raises:
+        ConfigError: A field is unknown or of another type.
+    """
+    config = base.get_config()
+    unknown = sorted(fields.keys() - flatten(config).keys())
+    if unknown:
+        raise ConfigError(f'{where} has fields that are not in configs/base.py: {", ".join(unknown)}')
+    try:
+        config.update_from_flattened_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'{where} has a field of another type than configs/base.py: {error}') from error
+    return config
 
 
 def write_run(dest: pathlib.Path, trained: Trained) -> None:
@@ -131,7 +149,7 @@ def write_run(dest: pathlib.Path, trained: Trained) -> None:
             checkpoints.close()
         draft.rename(dest)
     except OSError as error:
-        raise ConfigError(f'{error.filename} cannot be written: {error.strerror}') from error
+        raise ConfigError(f'{error.filename or dest} cannot be written: {error.strerror}') from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
