@@ -130,7 +130,7 @@ def test_what_is_incomplete_is_named(shards, tmp_path):
         opened(shards)
     with pytest.raises(DataError, match=r"input.dir = '.*nowhere' is not a folder"):
         opened(tmp_path / 'nowhere')
-    with pytest.raises(DataError, match=r'input.dir = None must name a folder'):
+    with pytest.raises(DataError, match=r'input.dir is empty; with dataset = .imagenet_tfrecords. it must name'):
         open_source('imagenet_tfrecords', 'train')
 
 
