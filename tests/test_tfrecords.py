@@ -43,7 +43,7 @@ def test_the_index_of_large_data_is_cached_until_the_files_change(tmp_path, monk
     monkeypatch.setattr(tfrecords, '_CACHE_FROM_BYTES', 1)
     paths = [write(tmp_path / name, [name.encode()] * (i + 1)) for i, name in enumerate('abc')]
     first = tfrecords.index_shards(paths)
-    monkeypatch.setattr(tfrecords, '_index_shard', lambda path: np.array([0]))
+    monkeypatch.setattr(tfrecords, '_index_shard', lambda path, field: np.array([0]))
     for old, new in zip(first, tfrecords.index_shards(paths), strict=True):
         np.testing.assert_array_equal(old, new)
     assert len(list((tmp_path / 'cache/efficientnet').iterdir())) == 1
