@@ -55,9 +55,9 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
     for name in ('image_size', 'batch', 'batches', 'rounds'):
         if args[name] < 1:
             raise ConfigError(f'--{name}={args[name]} must be at least 1')
-    start_jax(1)
     with tempfile.TemporaryDirectory() as scratch:
         tree = lay_out(args['photos'], pathlib.Path(scratch))
+        start_jax(1)
         files = sorted(map(str, tree.rglob('*.jpg')))
         pipelines = {'ours': ours(tree, args), 'tf_data': tf_data(files, args)}
         missing = {name: how for name, how in OTHERS.items() if importlib.util.find_spec(name) is None}
