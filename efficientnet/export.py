@@ -194,7 +194,7 @@ def to_onnx(trained: Trained, card: dict[str, Any]) -> bytes:
         import jax2onnx
     except ImportError as error:
         raise ConfigError(
-            f'--format=onnx needs jax2onnx ({error}); install it: pip install -r requirements-onnx.txt'
+            f'--format=onnx needs jax2onnx ({error}); install it: pip install --no-deps -r requirements-onnx.txt'
         ) from error
     builtin_logging.getLogger('onnx_ir').setLevel(builtin_logging.ERROR)  # it tells of every constant's type
     size = trained.config.image_size

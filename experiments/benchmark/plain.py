@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from efficientnet import augment, random_keys
 from efficientnet.accumulation import Micro, Stage
 from efficientnet.assemble import Parts
+from efficientnet.grid import compiler_options
 from efficientnet.partition import stage_blocks
 from efficientnet.stochastic_rounding import apply_updates
 
@@ -48,7 +49,7 @@ def make_step(parts: Parts, batch: dict[str, jax.Array]) -> Piece:
         return apply_updates(params, updates), state, number + 1, found.mean() / scale
 
     *carry, _ = _one_device(parts)
-    step = jax.jit(step, donate_argnums=(0, 1, 2))
+    step = _jit(step, donate_argnums=(0, 1, 2))
 
     def piece() -> None:
         *carry[:], loss = jax.block_until_ready(step(*carry, batch))
@@ -81,9 +82,9 @@ def make_stages(parts: Parts, variables: Tree, batch: dict[str, jax.Array]) -> d
         forward, both = _stage_functions(stage, scale)
         y = None
         if not stage.last:
-            y = jax.jit(_all_of(forward))(own, (x, micros))
-            pieces[f'forward_{number}'] = _call(jax.jit(_last_of(forward)), own, (x, micros))
-        pieces[f'both_{number}'] = _call(jax.jit(_last_of(both)), own, (x, micros, y))
+            y = _jit(_all_of(forward))(own, (x, micros))
+            pieces[f'forward_{number}'] = _call(_jit(_last_of(forward)), own, (x, micros))
+        pieces[f'both_{number}'] = _call(_jit(_last_of(both)), own, (x, micros, y))
         x = y
     return pieces
 
@@ -96,7 +97,7 @@ def make_weight_update(parts: Parts) -> Piece:
         updates, state = parts.optimizer.update(grads, state, params)
         return apply_updates(params, updates), state, number + 1
 
-    step = jax.jit(step, donate_argnums=(0, 1, 2))
+    step = _jit(step, donate_argnums=(0, 1, 2))
 
     def piece() -> None:
         carry[:] = jax.block_until_ready(step(*carry, grads))
@@ -144,6 +145,10 @@ def _micros(parts: Parts, batch: dict[str, jax.Array], keys: jax.Array) -> Micro
         lambda rows: rows.reshape(layout.accumulation, layout.micro_batch, *rows.shape[1:]),
         Micro(batch['image'], batch['label'], batch['mask'], keys, augment.Coefficients(None, None)),
     )
+
+
+def _jit(function: Callable, **options: Any) -> Callable:
+    return jax.jit(function, compiler_options=compiler_options(jax.default_backend()), **options)
 
 
 def _call(function: Callable, *given: Any) -> Piece:

@@ -207,6 +207,7 @@ def _our_layer(layer: Layer, args: Mapping[str, Any]) -> Callable[[], None]:
     import jax
 
     from efficientnet.convolution import grouped_conv
+    from efficientnet.grid import compiler_options
     from efficientnet.normalization import BatchPool, GroupPool, norm_swish
     from efficientnet.precision import policy
 
@@ -226,8 +227,7 @@ def _our_layer(layer: Layer, args: Mapping[str, Any]) -> Callable[[], None]:
         y, pull = jax.vjp(function, x, weights)
         return y, pull(y)
 
-    options = {'xla_disable_hlo_passes': 'cse_barrier_expander'} if args['device'] == 'cpu' else {}
-    both = jax.jit(both).lower(x, weights).compile(options)
+    both = jax.jit(both, compiler_options=compiler_options(args['device'])).lower(x, weights).compile()
 
     def job() -> None:
         for _ in range(10):
