@@ -16,6 +16,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from efficientnet.errors import ConfigError, RunError, leave
+
 MODES = ('train', 'evaluate', 'predict')
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, such as configs/digits.py.', lock_config=True)
@@ -91,7 +93,7 @@ def parse(argv: list[str]) -> list[str]:
         if _CONFIG.value is not None:
             _CONFIG.value.keys()  # a recipe that could not be loaded says so only when it is used
     except Exception as error:  # ml_collections raises AttributeError, TypeError, ValueError, … for a bad override
-        leave(error)
+        leave(plainly(error))
     if len(rest) > 1 and _MODE.value != 'predict':
         leave(f'unexpected argument {rest[1]!r}; flags start with --')
     if not _WORKDIR.value:
@@ -108,20 +110,15 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def leave(problem: object) -> None:
-    """Ends the process with one line and status 2."""
-    where, traceback, _ = str(problem).partition('Error whilst parsing config file:')
-    if traceback:  # ml_collections quotes the traceback of a recipe; its last line says what is wrong
-        problem = where + str(problem).strip().splitlines()[-1].removeprefix('ValueError: ')
-    text = ' '.join(str(problem).split())
-    print(f'error: {text}', file=sys.stderr)
-    sys.exit(2)
+def plainly(error: Exception) -> str:
+    """Returns what a flag's error says; of the traceback of a recipe, which ml_collections quotes, the last line."""
+    where, traceback, _ = str(error).partition('Error whilst parsing config file:')
+    return where + str(error).strip().splitlines()[-1].removeprefix('ValueError: ') if traceback else where
 
 
 def main() -> None:
     """Runs, and turns mistakes the user can mend into one line."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # before jax or tensorflow is imported
-    from efficientnet.errors import ConfigError, RunError
     from efficientnet.interrupt import Interrupted
     from input_pipeline.errors import DataError
 

@@ -12,7 +12,6 @@ of pixels) is looked up by the architecture's name; any field may be set over it
 
 import json
 import pathlib
-import sys
 
 import ml_collections
 from absl import app, flags, logging
@@ -22,7 +21,7 @@ from configs import base
 from efficientnet import architectures, naming, state_dicts
 from efficientnet.class_names import imagenet
 from efficientnet.dataset_facts import DatasetFacts
-from efficientnet.errors import ConfigError, RunError
+from efficientnet.errors import ConfigError, RunError, leave
 from efficientnet.settings import CHECKPOINTS, CONFIG, flatten
 from efficientnet.weights import CARD, Trained, config_of, read_run, variable_shapes, write_run
 from input_pipeline.errors import DataError
@@ -144,10 +143,6 @@ def main() -> None:
     kinds = ('auto', 'raw', 'averaged', 'update_average')
     kind = flags.DEFINE_enum('weights', 'auto', kinds, 'Which; auto = the average where a foreign file has one.')
     classes = flags.DEFINE_string('classes', None, "File with a class name a line; needed unless they are ImageNet's.")
-
-    def leave(problem: object) -> None:
-        print('error: ' + ' '.join(str(problem).split()), file=sys.stderr)
-        sys.exit(2)
 
     try:  # which looks up the fields on the command line at once
         config = config_flags.DEFINE_config_dict('config', base.get_config(), 'Fields to set in the run that is made.')

@@ -15,7 +15,6 @@ import logging as builtin_logging
 import os
 import pathlib
 import platform
-import sys
 from typing import Any
 
 import flax
@@ -25,7 +24,7 @@ from absl import app, flags, logging
 
 from efficientnet import naming
 from efficientnet.class_names import readable
-from efficientnet.errors import ConfigError
+from efficientnet.errors import ConfigError, leave
 from efficientnet.precision import POLICIES
 from efficientnet.precision import policy as policy_of
 from efficientnet.predict import make_probabilities
@@ -212,10 +211,6 @@ def main() -> None:
     kind = flags.DEFINE_enum('weights', 'raw', tuple(COLUMNS), 'Which of the run.')
     names = ('', *POLICIES)
     policy = flags.DEFINE_enum('policy', '', names, "Formats of weights and of computing; '' = as the run has them.")
-
-    def leave(problem: object) -> None:
-        print('error: ' + ' '.join(str(problem).split()), file=sys.stderr)
-        sys.exit(2)
 
     def parse(argv: list[str]) -> list[str]:
         try:

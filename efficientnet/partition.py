@@ -34,7 +34,6 @@ import dataclasses
 import itertools
 import math
 import string
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -43,7 +42,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from efficientnet.costs import FP32_BYTES, BlockCost, block_costs
-from efficientnet.errors import ConfigError
+from efficientnet.errors import ConfigError, leave
 from efficientnet.scaling import ModelSpec, block_names, configured_spec
 
 if TYPE_CHECKING:
@@ -454,10 +453,6 @@ def main() -> None:
     """Prints the stages of the recipe that the flags name; whatever is wrong with them is one line."""
     config = config_flags.DEFINE_config_file('config', None, 'Recipe, such as configs/cifar10.py.', lock_config=True)
     classes = flags.DEFINE_integer('classes', 1000, 'Classes of the data set.', lower_bound=1)
-
-    def leave(problem: object) -> None:
-        print('error: ' + ' '.join(str(problem).split()), file=sys.stderr)
-        sys.exit(2)
 
     def parse(argv: list[str]) -> list[str]:
         try:

@@ -22,6 +22,7 @@ import numpy as np
 
 from efficientnet.accumulation import normalise
 from efficientnet.class_names import readable
+from efficientnet.grid import compiler_options
 from efficientnet.weights import Trained, read_run
 from input_pipeline.errors import DataError
 
@@ -62,7 +63,9 @@ class Classifier:
         ratio, resize = trained.config.evaluation.crop_ratio, trained.config.input.resize
         self._view = views.make_view(self._size, trained.dataset.image_shape, ratio, resize)
         self._variables = jax.device_put(trained.variables)
-        self._probabilities = jax.jit(make_probabilities(trained))
+        self._probabilities = jax.jit(
+            make_probabilities(trained), compiler_options=compiler_options(jax.default_backend())
+        )
 
     def classify(self, images: Sequence[Image] | np.ndarray, top: int = 5) -> list[list[Guess]]:
         """Names what is on images.

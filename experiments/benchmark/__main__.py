@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 
-from efficientnet.errors import ConfigError, RunError
+from efficientnet.errors import ConfigError, RunError, leave
 from experiments.benchmark import host_input, memory, pipeline, train_step
 from input_pipeline.errors import DataError
 
@@ -36,8 +36,7 @@ def main(argv: list[str]) -> None:
     try:
         result = module.run(args)
     except (ConfigError, DataError, RunError) as error:
-        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        leave(error)
     print(json.dumps(result) if as_json else module.show(result))
 
 

@@ -37,18 +37,7 @@ SIZES = ('temp', 'argument', 'output', 'alias')
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's flags."""
-    add_model_flags(
-        parser,
-        model='b4',
-        group_size=16,
-        width=0.0,
-        depth=0.0,
-        image_size=380,
-        micro_batch=3,
-        accumulation=8,
-        policy='32.32',
-        schedule='grouped',
-    )
+    add_model_flags(parser, model='b4', image_size=380, micro_batch=3, accumulation=8)
     parser.add_argument('--stages', default='1,2,4', help='numbers of stages (%(default)s)')
     parser.add_argument('--recompute', default=','.join(RECOMPUTE), help='kinds of recomputation (%(default)s)')
 

@@ -61,18 +61,7 @@ class Work(NamedTuple):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's flags."""
-    add_model_flags(
-        parser,
-        model='b0',
-        group_size=16,
-        width=0.0,
-        depth=0.0,
-        image_size=96,
-        micro_batch=4,
-        accumulation=8,
-        policy='32.32',
-        schedule='grouped',
-    )
+    add_model_flags(parser, model='b0', image_size=128, micro_batch=8, accumulation=8)
     parser.add_argument('--stages', type=int, default=2, help='devices of the pipeline (%(default)s)')
     parser.add_argument('--splits', default='auto', help="first block of every stage but the first, or 'auto'")
     parser.add_argument('--recompute', default='stage', help="'none', 'block' or 'stage' (%(default)s)")

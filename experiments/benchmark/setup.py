@@ -33,13 +33,17 @@ FIELDS = {  # flags that set a field of configs/base.py, and their types
 }
 
 
+DEFAULTS = {'group_size': 16, 'width': 0.0, 'depth': 0.0, 'policy': '32.32', 'schedule': 'grouped'}
+
+
 def add_model_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Adds the flags of `FIELDS`, those of the accumulation count and of JSON.
 
     Args:
         parser: Of the benchmark.
-        **defaults: Of the flags; one for each and one for `accumulation`.
+        **defaults: Of the flags that `DEFAULTS` lacks, and of `accumulation`.
     """
+    defaults = DEFAULTS | defaults
     for name, (_, kind, meaning) in FIELDS.items():
         parser.add_argument(f'--{name}', type=kind, default=defaults[name], help=f'{meaning} (%(default)s)')
     parser.add_argument(

@@ -29,18 +29,7 @@ CHOICES = {'against': AGAINST, 'mode': MODES, 'recompute': ('none', 'block'), 'd
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's flags."""
-    add_model_flags(
-        parser,
-        model='b0',
-        group_size=16,
-        width=0.0,
-        depth=0.0,
-        image_size=128,
-        micro_batch=8,
-        accumulation=1,
-        policy='32.32',
-        schedule='grouped',
-    )
+    add_model_flags(parser, model='b0', image_size=128, micro_batch=8, accumulation=1)
     parser.add_argument(
         '--batch', type=int, dest='micro_batch', default=argparse.SUPPRESS, help='the same as --micro_batch'
     )
@@ -63,12 +52,7 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
         RunError: PyTorch or timm are missing, or a process died.
     """
     check_flags(args)
-    for name, known in (
-        ('against', AGAINST),
-        ('mode', MODES),
-        ('recompute', ('none', 'block')),
-        ('device', ('cpu', 'gpu')),
-    ):
+    for name, known in CHOICES.items():
         if args[name] not in known:
             raise ConfigError(f'--{name}={args[name]!r} must be one of {", ".join(known)}')
     if args['steps'] < 1:

@@ -14,7 +14,7 @@ import argparse
 import pathlib
 import sys
 
-from efficientnet.errors import ConfigError
+from efficientnet.errors import ConfigError, leave
 from efficientnet.interrupt import Interrupt
 from experiments import trainer
 from experiments.claims import report, runs, table
@@ -90,8 +90,7 @@ def main(argv: list[str]) -> None:
     try:
         run(*parse(argv))
     except ConfigError as error:
-        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        leave(error)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ import json
 import pathlib
 import sys
 
-from efficientnet.errors import ConfigError, RunError
+from efficientnet.errors import ConfigError, RunError, leave
 from experiments.planner import report, validation
 from experiments.planner import sweep as sweeps
 from experiments.planner.calibration import MACHINE_FILE, POINTS, load_machine, plan_on
@@ -107,8 +107,7 @@ def main(argv: list[str]) -> None:
     try:
         print(run(parse(argv)))
     except (ConfigError, RunError) as error:
-        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        leave(error)
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ import sys
 
 import optuna
 
-from efficientnet.errors import ConfigError
+from efficientnet.errors import ConfigError, leave
 from efficientnet.interrupt import Interrupt
 from experiments import trainer
 from experiments.sweep import report, search, studies
@@ -102,8 +102,7 @@ def main(argv: list[str]) -> None:
     try:
         run(*parse(argv))
     except ConfigError as error:
-        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        leave(error)
 
 
 if __name__ == '__main__':
