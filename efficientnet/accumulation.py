@@ -22,10 +22,10 @@ from efficientnet import augment, freezing, losses, random_keys
 from efficientnet.layout import AXIS, Layout
 from efficientnet.model import EfficientNet
 from efficientnet.packing import Packings, own_stage
-from efficientnet.partition import stage_blocks
 from efficientnet.pipeline import NONE, timetable
 from efficientnet.residuals import Residuals
 from efficientnet.scaling import boundary_shape
+from efficientnet.stages import stage_blocks
 from efficientnet.train_state import TrainState, UpdateRule
 
 Tree = Any

@@ -24,11 +24,11 @@ from efficientnet.losses import SMOOTHED_OVER
 from efficientnet.model import EfficientNet
 from efficientnet.optimizers import make_optimizer
 from efficientnet.packing import Packings, make_packing
-from efficientnet.partition import balance, check_splits, parse_splits, stage_blocks, storage_of
 from efficientnet.precision import Policy
 from efficientnet.precision import policy as policy_of
 from efficientnet.schedules import warmup_schedule
 from efficientnet.settings import Fields, check_known, check_used
+from efficientnet.stages import balance, check_splits, parse_splits, stage_blocks, storage_of
 from efficientnet.train_state import TrainState, UpdateRule, init_state
 
 Tree = Any

@@ -11,9 +11,9 @@ import numpy as np
 from tensorboard.summary import Writer
 
 from efficientnet.assemble import Parts
-from efficientnet.partition import stage_blocks
 from efficientnet.pipeline import timetable
 from efficientnet.processes import first
+from efficientnet.stages import stage_blocks
 
 COLUMNS = (
     'step',  # updates so far, skipped ones counted

@@ -15,10 +15,10 @@ from configs import arguments, finetune, imagenet_b4_g16, imagenet_rmsprop
 from efficientnet.assemble import assemble
 from efficientnet.costs import block_costs
 from efficientnet.layout import AXIS, make_layout
-from efficientnet.partition import check_splits, parse_splits
 from efficientnet.programs import compile_update
 from efficientnet.scaling import configured_spec
 from efficientnet.settings import check_known, flatten
+from efficientnet.stages import check_splits, parse_splits
 
 EXAMPLES = 1281167
 

@@ -10,7 +10,7 @@ from efficientnet import augment, random_keys
 from efficientnet.accumulation import Micro, Stage
 from efficientnet.assemble import Parts
 from efficientnet.grid import compiler_options
-from efficientnet.partition import stage_blocks
+from efficientnet.stages import stage_blocks
 from efficientnet.stochastic_rounding import apply_updates
 
 Tree = Any

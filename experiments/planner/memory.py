@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from efficientnet.layout import Layout
-from efficientnet.partition import Stage, Storage
+from efficientnet.stages import Stage, Storage
 from experiments.planner.systems import Software
 
 

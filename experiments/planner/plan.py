@@ -1,6 +1,6 @@
 """What a weight update costs on a system: memory a device, and where its time goes.
 
-Blocks are counted by efficientnet/costs.py, stages by partition.py, ticks by pipeline.py, replicas and accumulation
+Blocks are counted by efficientnet/costs.py, stages by stages.py, ticks by pipeline.py, replicas and accumulation
 by layout.py: the trainer's own numbers. To these a plan adds seconds:
 
 - a block's forward pass takes the longer of 2 × its multiply-adds ÷ the device's peak (with those that a unit made
@@ -28,7 +28,8 @@ from typing import Any
 from efficientnet.costs import BlockCost
 from efficientnet.errors import ConfigError
 from efficientnet.layout import Layout, make_layout
-from efficientnet.partition import (
+from efficientnet.precision import policy
+from efficientnet.stages import (
     PASSES,
     PUBLISHED,
     Stage,
@@ -39,7 +40,6 @@ from efficientnet.partition import (
     stage_table,
     storage_of,
 )
-from efficientnet.precision import policy
 from experiments.planner.memory import memory_parts
 from experiments.planner.systems import System
 from experiments.planner.timing import BlockTime, count_blocks, count_times, idle_macs, update_parts

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from efficientnet.costs import BlockCost, block_costs
 from efficientnet.layout import Layout
-from efficientnet.partition import PASSES, Stage, Storage
 from efficientnet.pipeline import timetable
 from efficientnet.scaling import ModelSpec, block_names, boundary_shape
+from efficientnet.stages import PASSES, Stage, Storage
 from experiments.benchmark.pipeline import Work, walk
 from experiments.planner.systems import Device, Link, Software, System
 
