@@ -52,7 +52,7 @@ _CLUSTER = flags.DEFINE_enum(
 def run(argv: list[str]) -> None:
     """Sets JAX up as the flags say and hands over."""
     logging.set_verbosity(logging.WARNING)  # absl's default for programs would pass on every library's chatter
-    from efficientnet.host_memory import computes_on_cpu, keep_freed_memory
+    from efficientnet.loop.host_memory import computes_on_cpu, keep_freed_memory
 
     if _CPU_DEVICES.value or computes_on_cpu():
         keep_freed_memory()
@@ -74,7 +74,8 @@ def run(argv: list[str]) -> None:
         form = 'csv' if _CSV.value else 'json' if _JSON.value else 'text'
         sys.exit(bool(predict(pathlib.Path(_WORKDIR.value).expanduser(), argv[1:], form, _WEIGHTS.value, sys.stdout)))
 
-    from efficientnet import processes, settings, train
+    from efficientnet.loop import settings, train
+    from efficientnet.parallel import processes
 
     given = processes.Membership(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value)
     with processes.connected(processes.find_membership(given, _CLUSTER.value)):
@@ -119,7 +120,7 @@ def plainly(error: Exception) -> str:
 def main() -> None:
     """Runs, and turns mistakes the user can mend into one line."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # before jax or tensorflow is imported
-    from efficientnet.interrupt import Interrupted
+    from efficientnet.loop.interrupt import Interrupted
     from input_pipeline.errors import DataError
 
     def guarded(argv: list[str]) -> None:
@@ -138,7 +139,7 @@ def main() -> None:
             os._exit(128 + error.number)  # a compilation left behind in a thread would delay a normal exit
 
     def speaks(error: Exception) -> bool:
-        from efficientnet.processes import first
+        from efficientnet.parallel.processes import first
 
         return not getattr(error, 'agreed', False) or first()  # what all say is said once
 

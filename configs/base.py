@@ -66,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.padding = 'same'  # TensorFlow's; 'symmetric' is PyTorch's
     config.model.dropout = -1.0  # before the classifier; -1 = the variant's
     config.model.survival = 0.8  # of the last block under stochastic depth; the first always survives
-    config.model.conv_method = 'auto'  # formulation of the grouped convolution, see efficientnet/convolution.py
+    config.model.conv_method = 'auto'  # formulation of the grouped convolution, see efficientnet/model/convolution.py
 
     config.precision = ml_collections.ConfigDict()
     config.precision.policy = '16.16'  # compute.master: 32.32, bf16.32, 16.32, 16.16, bf16.16

@@ -18,12 +18,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import base
-from efficientnet import architectures, naming, state_dicts
-from efficientnet.class_names import imagenet
-from efficientnet.dataset_facts import DatasetFacts
 from efficientnet.errors import ConfigError, RunError, leave
-from efficientnet.settings import CHECKPOINTS, CONFIG, flatten
-from efficientnet.weights import CARD, Trained, config_of, read_run, variable_shapes, write_run
+from efficientnet.loop.settings import CHECKPOINTS, CONFIG, flatten
+from efficientnet.weights import architectures, naming, state_dicts
+from efficientnet.weights.class_names import imagenet
+from efficientnet.weights.dataset_facts import DatasetFacts
+from efficientnet.weights.trained import CARD, Trained, config_of, read_run, variable_shapes, write_run
 from input_pipeline.errors import DataError
 
 

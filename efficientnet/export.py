@@ -22,13 +22,13 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from efficientnet import naming
-from efficientnet.class_names import readable
 from efficientnet.errors import ConfigError, leave
-from efficientnet.precision import POLICIES
-from efficientnet.precision import policy as policy_of
+from efficientnet.numerics.precision import POLICIES
+from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.predict import make_probabilities
-from efficientnet.weights import CARD, COLUMNS, Trained, read_run
+from efficientnet.weights import naming
+from efficientnet.weights.class_names import readable
+from efficientnet.weights.trained import CARD, COLUMNS, Trained, read_run
 
 Tree = Any
 FORMATS = ('safetensors', 'stablehlo', 'onnx')

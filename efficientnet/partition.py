@@ -13,10 +13,10 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from efficientnet.costs import block_costs
 from efficientnet.errors import ConfigError, leave
-from efficientnet.scaling import configured_spec
-from efficientnet.stages import PUBLISHED, Stage, balance, check_splits, parse_splits, stage_table, storage_of
+from efficientnet.model.costs import block_costs
+from efficientnet.model.scaling import configured_spec
+from efficientnet.parallel.stages import PUBLISHED, Stage, balance, check_splits, parse_splits, stage_table, storage_of
 
 
 def format_table(stages: Sequence[Stage], *, timed: bool = False) -> str:
@@ -80,7 +80,7 @@ def report(config: ml_collections.ConfigDict, classes: int = 1000) -> str:
     Raises:
         ConfigError: A field is out of range or at odds with another.
     """
-    from efficientnet.precision import policy as policy_of
+    from efficientnet.numerics.precision import policy as policy_of
 
     model, policy = config.model, policy_of(config.precision.policy)
     spec = configured_spec(model, classes)

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficientnet.accumulation import normalise
-from efficientnet.class_names import readable
-from efficientnet.grid import compiler_options
-from efficientnet.weights import Trained, read_run
+from efficientnet.parallel.accumulation import normalise
+from efficientnet.parallel.grid import compiler_options
+from efficientnet.weights.class_names import readable
+from efficientnet.weights.trained import Trained, read_run
 from input_pipeline.errors import DataError
 
 Tree = Any

@@ -16,9 +16,9 @@ import numpy as np
 import input_pipeline
 from efficientnet.convert import convert
 from efficientnet.export import export
+from efficientnet.loop.settings import flatten, read_stored
 from efficientnet.predict import make_probabilities
-from efficientnet.settings import flatten, read_stored
-from efficientnet.weights import read_run
+from efficientnet.weights.trained import read_run
 
 ROWS = (
     *itertools.product(('safetensors',), ('raw', 'averaged'), ('', '16.16', '32.32')),

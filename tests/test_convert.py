@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from efficientnet import architectures, naming
-from efficientnet.class_names import imagenet
 from efficientnet.convert import convert
-from efficientnet.dataset_facts import DatasetFacts
 from efficientnet.errors import ConfigError, RunError
-from efficientnet.weights import Trained, read_run, variable_shapes, write_run
+from efficientnet.weights import architectures, naming
+from efficientnet.weights.class_names import imagenet
+from efficientnet.weights.dataset_facts import DatasetFacts
+from efficientnet.weights.trained import Trained, read_run, variable_shapes, write_run
 from experiments.timm_import import import_timm
 from tests.tiny import tiny_trained
 

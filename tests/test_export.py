@@ -13,7 +13,7 @@ from efficientnet.convert import convert
 from efficientnet.errors import ConfigError
 from efficientnet.export import export, fold_batch_norm, in_policy, model_card, program, to_onnx, to_stablehlo
 from efficientnet.predict import make_probabilities
-from efficientnet.weights import read_run, write_run
+from efficientnet.weights.trained import read_run, write_run
 from tests.tiny import tiny_trained
 
 # Runs in a folder without this code, with -I: neither PYTHONPATH nor the current folder are looked at.

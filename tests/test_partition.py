@@ -5,11 +5,11 @@ import sys
 import pytest
 
 from configs import base
-from efficientnet.costs import block_costs
 from efficientnet.errors import ConfigError
+from efficientnet.model.costs import block_costs
+from efficientnet.model.scaling import model_spec
+from efficientnet.parallel.stages import stage_table
 from efficientnet.partition import format_table, report
-from efficientnet.scaling import model_spec
-from efficientnet.stages import stage_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 B4 = block_costs(model_spec('b4'), 380)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientnet.class_names import imagenet, readable
 from efficientnet.errors import ConfigError
 from efficientnet.predict import load, predict
-from efficientnet.weights import read_run, write_run
+from efficientnet.weights.class_names import imagenet, readable
+from efficientnet.weights.trained import read_run, write_run
 from input_pipeline import open_source
 from input_pipeline.batches import evaluation_batches
 from input_pipeline.digits import open_digits

@@ -9,13 +9,13 @@ import ml_collections
 import numpy as np
 
 from configs import base
-from efficientnet import scaling
-from efficientnet.assemble import Parts, assemble
-from efficientnet.dataset_facts import DatasetFacts
-from efficientnet.precision import policy as policy_of
-from efficientnet.programs import compile_update
-from efficientnet.train_state import TrainState
-from efficientnet.weights import Trained, variable_shapes
+from efficientnet.loop.assemble import Parts, assemble
+from efficientnet.loop.programs import compile_update
+from efficientnet.model import scaling
+from efficientnet.numerics.precision import policy as policy_of
+from efficientnet.parallel.train_state import TrainState
+from efficientnet.weights.dataset_facts import DatasetFacts
+from efficientnet.weights.trained import Trained, variable_shapes
 
 
 def tiny_config(**changes: object) -> ml_collections.ConfigDict:

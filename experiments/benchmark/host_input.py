@@ -218,8 +218,8 @@ def take(batches: Iterator[Any], count: int) -> float:
 
 def overlap(images: Iterator[np.ndarray], seconds: float, count: int) -> float:
     """Returns how long a batch takes a consumer that sleeps for `seconds`, ÷ `seconds`, with copies to the device."""
-    from efficientnet.grid import Grid
-    from efficientnet.layout import make_layout
+    from efficientnet.parallel.grid import Grid
+    from efficientnet.parallel.layout import make_layout
 
     layout = make_layout(
         global_batch=1,

@@ -66,8 +66,8 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
 def measure(args: Mapping[str, Any], stages: int, recompute: str) -> dict[str, Any]:
     """Returns the plan of one layout's update: its stages' first blocks and bytes a device."""
     start_jax(stages)
-    from efficientnet.assemble import assemble
-    from efficientnet.programs import compile_update
+    from efficientnet.loop.assemble import assemble
+    from efficientnet.loop.programs import compile_update
 
     parts = assemble(make_config(args, stages=stages, recompute=recompute))
     plan = compile_update(parts).memory_analysis()

@@ -6,8 +6,8 @@ update in one stage, a train step as one would write it without any of this, and
 backward by itself: no hand-over, no stash, no choice of branch. Rounds alternate between all of them and medians
 count, so that what else the machine does falls on all alike.
 
-The ideal time is a walk along the timetable (efficientnet/pipeline.py) in which every tick takes as long as the
-slowest of its stages does alone, and the optimizer's time for the largest stage. Its parts add up:
+The ideal time is a walk along the timetable (efficientnet/parallel/pipeline.py) in which every tick takes as long as
+the slowest of its stages does alone, and the optimizer's time for the largest stage. Its parts add up:
 
 - the network there and back, shared out evenly over the stages;
 - forward again: what stages before the last recompute, likewise;
@@ -31,7 +31,7 @@ from unittest import mock
 import numpy as np
 
 from efficientnet.errors import ConfigError
-from efficientnet.pipeline import NONE, Timetable, timetable
+from efficientnet.parallel.pipeline import NONE, Timetable, timetable
 from experiments.benchmark.setup import (
     add_model_flags,
     check_flags,
@@ -45,7 +45,7 @@ from experiments.benchmark.setup import (
 from experiments.benchmark.workers import Jobs, Worker
 
 if TYPE_CHECKING:
-    from efficientnet.assemble import Parts
+    from efficientnet.loop.assemble import Parts
 
 UPDATES = ('pipeline', 'one_stage', 'plain')
 TARGETS = {'pipeline': 1.15, 'one_stage': 1.02}  # measured ÷ ideal; one stage ÷ plain step
@@ -129,7 +129,7 @@ def build_single(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
     start_jax(1, threads=False)
     import jax
 
-    from efficientnet.assemble import assemble
+    from efficientnet.loop.assemble import assemble
     from experiments.benchmark import plain
 
     pipelined, parts = _assemble_pipelined(args), assemble(make_config(args, recompute=args['recompute']))
@@ -268,7 +268,7 @@ def _assemble_pipelined(args: Mapping[str, Any]) -> 'Parts':
     """Assembles the pipelined run in a process that has only one of its devices."""
     import jax
 
-    from efficientnet import assemble
+    from efficientnet.loop import assemble
     from experiments.benchmark.spread import SpreadGrid
 
     config = make_config(args, stages=args['stages'], splits=args['splits'], recompute=args['recompute'])
@@ -281,7 +281,7 @@ def _update_job(parts: 'Parts', stage: int) -> Callable[[], None]:
     """One weight update, as training runs it, with one stage of it in this process."""
     import jax
 
-    from efficientnet.programs import compile_update
+    from efficientnet.loop.programs import compile_update
 
     grid, stages, rows = parts.grid, parts.grid.layout.stages, parts.grid.layout.rows
     share = -(-rows // stages)

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efficientnet import augment, random_keys
-from efficientnet.accumulation import Micro, Stage
-from efficientnet.assemble import Parts
-from efficientnet.grid import compiler_options
-from efficientnet.stages import stage_blocks
-from efficientnet.stochastic_rounding import apply_updates
+from efficientnet.loop.assemble import Parts
+from efficientnet.numerics import augment, random_keys
+from efficientnet.numerics.stochastic_rounding import apply_updates
+from efficientnet.parallel.accumulation import Micro, Stage
+from efficientnet.parallel.grid import compiler_options
+from efficientnet.parallel.stages import stage_blocks
 
 Tree = Any
 Piece = Callable[[], None]

@@ -15,10 +15,10 @@ import numpy as np
 
 from configs import base
 from efficientnet.errors import ConfigError
-from efficientnet.host_memory import keep_freed_memory
+from efficientnet.loop.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from efficientnet.assemble import Parts
+    from efficientnet.loop.assemble import Parts
 
 MIB = 2**20
 FIELDS = {  # flags that set a field of configs/base.py, and their types

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from efficientnet.costs import block_costs
-from efficientnet.scaling import ModelSpec, boundary_shape
+from efficientnet.model.costs import block_costs
+from efficientnet.model.scaling import ModelSpec, boundary_shape
 from experiments.benchmark.setup import make_config, random_batch, start_jax
 from experiments.benchmark.workers import Jobs, Worker
 
@@ -79,9 +79,9 @@ def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, 
     start_jax(1, platform=args['device'], cache=cache)
     import jax
 
-    from efficientnet.assemble import assemble
-    from efficientnet.precision import policy
-    from efficientnet.programs import compile_evaluate, compile_gather, compile_update
+    from efficientnet.loop.assemble import assemble
+    from efficientnet.loop.programs import compile_evaluate, compile_gather, compile_update
+    from efficientnet.numerics.precision import policy
 
     peaks = _peaks(policy(args['policy']).compute)
     _reset_peak()
@@ -140,7 +140,7 @@ def build_timm(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
     import_timm()
     import torch
 
-    from efficientnet.precision import policy
+    from efficientnet.numerics.precision import policy
     from experiments.benchmark.timm_model import make_model
 
     imported = _resident()
@@ -191,7 +191,7 @@ def build_timm(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
     seconds -= time.perf_counter() - began
     jobs = {'step': step}
     if args['layers']:
-        from efficientnet.scaling import model_spec
+        from efficientnet.model.scaling import model_spec
 
         spec = model_spec(args['model'], group_size=args['group_size'])
         jobs |= {str(layer): _torch_layer(layer, args, where, layout) for layer in distinct_layers(spec, size)}
@@ -206,10 +206,10 @@ def _our_layer(layer: Layer, args: Mapping[str, Any]) -> Callable[[], None]:
     """One layer there and back, ten times a call."""
     import jax
 
-    from efficientnet.convolution import grouped_conv
-    from efficientnet.grid import compiler_options
-    from efficientnet.normalization import BatchPool, GroupPool, norm_swish
-    from efficientnet.precision import policy
+    from efficientnet.model.convolution import grouped_conv
+    from efficientnet.model.normalization import BatchPool, GroupPool, norm_swish
+    from efficientnet.numerics.precision import policy
+    from efficientnet.parallel.grid import compiler_options
 
     dtype = policy(args['policy']).compute
     x = jax.numpy.ones((args['micro_batch'], layer.side, layer.side, layer.inputs), dtype)

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from efficientnet.grid import Grid
-from efficientnet.layout import AXIS, Layout
+from efficientnet.parallel.grid import Grid
+from efficientnet.parallel.layout import AXIS, Layout
 
 
 class SpreadGrid(Grid):

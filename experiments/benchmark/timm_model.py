@@ -6,7 +6,7 @@ from typing import Any
 from unittest import mock
 
 from efficientnet.errors import ConfigError
-from efficientnet.scaling import BASE_STAGES, EXPAND_RATIOS, HEAD_CHANNELS, SE_RATIO, VARIANTS
+from efficientnet.model.scaling import BASE_STAGES, EXPAND_RATIOS, HEAD_CHANNELS, SE_RATIO, VARIANTS
 from experiments.timm_import import import_timm
 
 EPSILON = 1e-3

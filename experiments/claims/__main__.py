@@ -15,7 +15,7 @@ import pathlib
 import sys
 
 from efficientnet.errors import ConfigError, leave
-from efficientnet.interrupt import Interrupt
+from efficientnet.loop.interrupt import Interrupt
 from experiments import trainer
 from experiments.claims import report, runs, table
 

@@ -6,7 +6,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from efficientnet.pipeline import NONE, Timetable
+from efficientnet.parallel.pipeline import NONE, Timetable
 from experiments.planner.plan import Plan
 
 COLOURS = {'ipu': '#ff6f79', 'dgx': '#6aa84f', 'tpu': '#5b8def', 'this_machine': '#999999'}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from efficientnet.errors import ConfigError
-from efficientnet.scaling import block_names, model_spec
+from efficientnet.model.scaling import block_names, model_spec
 from experiments.benchmark.pipeline import Sample, build_single, measure
 from experiments.benchmark.setup import progress, start_jax
 from experiments.benchmark.workers import Jobs, Worker

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from efficientnet.layout import Layout
-from efficientnet.stages import Stage, Storage
+from efficientnet.parallel.layout import Layout
+from efficientnet.parallel.stages import Stage, Storage
 from experiments.planner.systems import Software
 
 

@@ -1,6 +1,6 @@
 """What a weight update costs on a system: memory a device, and where its time goes.
 
-Blocks are counted by efficientnet/costs.py, stages by stages.py, ticks by pipeline.py, replicas and accumulation
+Blocks are counted by efficientnet/model/costs.py, stages by stages.py, ticks by pipeline.py, replicas and accumulation
 by layout.py: the trainer's own numbers. To these a plan adds seconds:
 
 - a block's forward pass takes the longer of 2 × its multiply-adds ÷ the device's peak (with those that a unit made
@@ -25,11 +25,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from efficientnet.costs import BlockCost
 from efficientnet.errors import ConfigError
-from efficientnet.layout import Layout, make_layout
-from efficientnet.precision import policy
-from efficientnet.stages import (
+from efficientnet.model.costs import BlockCost
+from efficientnet.numerics.precision import policy
+from efficientnet.parallel.layout import Layout, make_layout
+from efficientnet.parallel.stages import (
     PASSES,
     PUBLISHED,
     Stage,

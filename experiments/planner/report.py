@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from efficientnet.stages import PASSES
+from efficientnet.parallel.stages import PASSES
 from experiments.benchmark.setup import MIB, table
 from experiments.planner.plan import Plan
 from experiments.planner.workload import IMAGE_BYTES

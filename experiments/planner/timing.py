@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from efficientnet.costs import BlockCost, block_costs
-from efficientnet.layout import Layout
-from efficientnet.pipeline import timetable
-from efficientnet.scaling import ModelSpec, block_names, boundary_shape
-from efficientnet.stages import PASSES, Stage, Storage
+from efficientnet.model.costs import BlockCost, block_costs
+from efficientnet.model.scaling import ModelSpec, block_names, boundary_shape
+from efficientnet.parallel.layout import Layout
+from efficientnet.parallel.pipeline import timetable
+from efficientnet.parallel.stages import PASSES, Stage, Storage
 from experiments.benchmark.pipeline import Work, walk
 from experiments.planner.systems import Device, Link, Software, System
 

@@ -4,8 +4,8 @@ import dataclasses
 import math
 
 from efficientnet.errors import ConfigError
-from efficientnet.scaling import VARIANTS, ModelSpec, model_spec
-from efficientnet.stages import PASSES
+from efficientnet.model.scaling import VARIANTS, ModelSpec, model_spec
+from efficientnet.parallel.stages import PASSES
 
 BALANCED = 'balanced'  # splits
 IMAGE_BYTES = {'uint8': 1, 'fp32': 4}  # of a number of an image on its way from the host

@@ -17,7 +17,7 @@ import sys
 import optuna
 
 from efficientnet.errors import ConfigError, leave
-from efficientnet.interrupt import Interrupt
+from efficientnet.loop.interrupt import Interrupt
 from experiments import trainer
 from experiments.sweep import report, search, studies
 

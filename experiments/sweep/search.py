@@ -25,7 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from efficientnet.errors import ConfigError
-from efficientnet.settings import flatten
+from efficientnet.loop.settings import flatten
 from experiments import trainer
 from experiments.sweep import studies
 

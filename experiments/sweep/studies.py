@@ -9,7 +9,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from configs import base
 from efficientnet.errors import ConfigError
-from efficientnet.settings import flatten
+from efficientnet.loop.settings import flatten
 
 NEUTRAL = base.get_config()
 

@@ -1,0 +1,1 @@
+"""From a config to a finished run: assembling, compiling, training, evaluating, saving, reporting."""

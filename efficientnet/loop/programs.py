@@ -1,0 +1,114 @@
+"""The compiled programs of a run, all known from shapes alone and therefore compiled side by side."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from efficientnet.loop.assemble import Parts
+from efficientnet.loop.evaluation import make_evaluate, make_gather
+from efficientnet.numerics import random_keys
+from efficientnet.parallel.train_state import TrainState
+from efficientnet.parallel.update import make_epoch_average, make_update
+
+Tree = Any
+FLAG = jax.ShapeDtypeStruct((), np.float32)
+
+
+class Programs(NamedTuple):
+    """Compiled functions over the grid; what is not needed is None."""
+
+    evaluate: Callable[[Tree, Tree, jax.Array], Tree]  # variables of `gather`, batch, stop -> sums
+    gather: Callable[[Tree], Tree]  # each device's packed variables -> those of all stages, in the compute dtype
+    update: Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Tree]] | None  # the state is donated
+    epoch_average: Callable[[TrainState], TrainState] | None  # likewise
+    initial: TrainState | None  # not compiled but computed: the state before the first update, on the host
+
+
+def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree | None = None) -> Programs:
+    """Compiles what a run needs.
+
+    Args:
+        parts: Of the run.
+        update: Whether it will train.
+        initial: Whether it starts from the beginning.
+        start: Weights to start from, as of `Parts.init_state`.
+    """
+    grid, rule = parts.grid, parts.rule
+    jobs: dict[Any, Callable] = {
+        np.dtype(dtype): functools.partial(compile_gather, parts, dtype)
+        for dtype in {rule.policy.master, rule.policy.average}
+    }
+    jobs['evaluate'] = functools.partial(compile_evaluate, parts)
+    if update:
+        jobs['update'] = functools.partial(compile_update, parts)
+    if update and rule.epoch_decay:
+        state = _on_device(parts.state_shapes())
+        jobs['epoch_average'] = lambda: grid.compile(make_epoch_average(rule), state, donate_argnums=0)
+    if initial:
+        jobs['initial'] = lambda: jax.device_get(parts.init_state(start))
+    with ThreadPoolExecutor() as pool:
+        running = {name: pool.submit(job) for name, job in jobs.items()}
+        done = {name: job.result() for name, job in running.items()}
+    return Programs(
+        evaluate=done['evaluate'],
+        gather=lambda variables: done[variables['params'].dtype](variables),
+        update=done.get('update'),
+        epoch_average=done.get('epoch_average'),
+        initial=done.get('initial'),
+    )
+
+
+def compile_update(parts: Parts) -> Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Tree]]:
+    """Compiles the weight update."""
+    layout = parts.grid.layout
+
+    def update(state: TrainState, batch: Tree, stop: jax.Array) -> tuple[TrainState, Tree]:
+        # The seed of the state, not of the config: runs that differ in nothing else share a cached program.
+        optimizer, key = parts.make_optimizer(state.seed), random_keys.purpose_key(state.seed, 'samples')
+        return make_update(parts.model, optimizer, parts.packings, layout, parts.rule, key)(state, batch, stop)
+
+    state, batch = _on_device(parts.state_shapes()), _batch(parts, -(-layout.rows // layout.stages))
+    return parts.grid.compile(update, state, batch, FLAG, donate_argnums=0, out_axes=(0, None))
+
+
+def compile_gather(parts: Parts, dtype: jax.typing.DTypeLike) -> Callable[[Tree], Tree]:
+    """Compiles the gathering of variables whose parameters have a dtype."""
+    return parts.grid.compile(make_gather(parts.grid.layout, parts.rule), _variables(parts, dtype))
+
+
+def compile_evaluate(parts: Parts) -> Callable[[Tree, Tree, jax.Array], Tree]:
+    """Compiles the evaluation of a batch."""
+    stages, batch = parts.grid.layout.stages, _batch(parts, parts.config.evaluation.batch)
+    variables = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((stages, *leaf.shape), leaf.dtype),
+        _variables(parts, parts.rule.policy.compute),
+    )
+    return parts.grid.compile(
+        make_evaluate(parts.model, parts.packings, parts.rule), variables, batch, FLAG, out_axes=None
+    )
+
+
+def _on_device(tree: Tree) -> Tree:
+    """Shapes on one device of a host tree whose leaves are [stages, …]."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree)
+
+
+def _variables(parts: Parts, dtype: jax.typing.DTypeLike) -> Tree:
+    """Shapes of one stage's packed variables with parameters of a dtype."""
+    dtypes = {'params': dtype, 'batch_stats': np.float32}
+    return {
+        name: jax.ShapeDtypeStruct(packing.shape, dtypes[name]) for name, packing in parts.packings._asdict().items()
+    }
+
+
+def _batch(parts: Parts, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    size = parts.config.image_size
+    return {
+        'image': jax.ShapeDtypeStruct((rows, size, size, 3), np.uint8),
+        'label': jax.ShapeDtypeStruct((rows,), np.int32),
+        'mask': jax.ShapeDtypeStruct((rows,), np.float32),
+    }

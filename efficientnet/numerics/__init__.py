@@ -1,0 +1,1 @@
+"""Numbers: formats, rounding, optimizers, schedules, averages, augmentation, losses. Knows neither layers nor hosts."""

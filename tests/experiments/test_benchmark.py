@@ -1,0 +1,300 @@
+"""The benchmarks: what they calculate by hand, what they say, and one tiny run of each."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientnet.errors import ConfigError
+from efficientnet.model.scaling import model_spec
+from efficientnet.parallel.pipeline import timetable
+from experiments.benchmark import __main__ as command
+from experiments.benchmark import host_input, memory, pipeline, setup, sides, train_step
+from experiments.benchmark.pipeline import Sample, Work, ideal_parts, walk, work
+
+TINY = ('--model=b0', '--width=0.25', '--depth=0.1', '--image_size=32', '--micro_batch=2', '--accumulation=2')
+
+
+@pytest.mark.parametrize(
+    ('schedule', 'works', 'count', 'seconds'),
+    [
+        # The last stage does everything in one tick; the first goes forward in ticks 0-3 and backward in 2-5.
+        ('grouped', [Work(1, 2), Work(0, 3)], 4, 1 + 3 + 3 + 3 + 3 + 2),
+        # Ticks of 1, 1, 1 + 4, 1 + 4, 4, 4.
+        ('grouped', [Work(1, 4), Work(0, 0.5)], 4, 1 + 1 + 5 + 5 + 4 + 4),
+        # Stages 0, 1, 2, 1, 0 one after the other, twice.
+        ('sequential', [Work(1, 4), Work(2, 5), Work(0, 3)], 2, 2 * (1 + 2 + 3 + 5 + 4)),
+    ],
+)
+def test_walk(schedule, works, count, seconds):
+    assert walk(timetable(schedule, len(works), count), works) == seconds
+
+
+def test_a_tick_lasts_as_long_as_its_slowest_stage():
+    # Three stages, one micro-batch: forward 0, forward 1, the last, backward 1, backward 0, nobody beside another.
+    assert walk(timetable('grouped', 3, 1), [Work(1, 10), Work(2, 20), Work(0, 100)]) == 1 + 2 + 100 + 20 + 10
+
+
+@pytest.mark.parametrize(
+    ('recompute', 'last', 'expected'),
+    [
+        ('none', False, Work(1, 2)),
+        ('block', False, Work(1, 3)),
+        ('stage', False, Work(1, 3)),
+        ('none', True, Work(0, 3)),
+        ('stage', True, Work(0, 3)),
+    ],
+)
+def test_work_of_a_stage(recompute, last, expected):
+    assert work(1.0, 3.0, recompute, last=last) == expected
+
+
+def test_parts_of_the_ideal_add_up():
+    works, both = [Work(1, 3), Work(0, 5)], [3, 5]
+    timing = timetable('grouped', 2, 4)
+    parts = ideal_parts(timing, works, both)
+    assert parts == {'network': 4 * 8 / 2, 'forward again': 4 * 1 / 2, 'imbalance': 4 * (5 - 4.5), 'bubble': 1 + 3}
+    assert sum(parts.values()) == walk(timing, works)
+
+
+def test_without_recomputation_nothing_is_computed_again():
+    parts = ideal_parts(timetable('sequential', 2, 3), [Work(1, 2), Work(0, 3)], [3, 3])
+    assert parts['forward again'] == parts['imbalance'] == 0
+    assert parts['network'] + parts['bubble'] == 3 * (1 + 3 + 2)
+
+
+def parsed(*argv):
+    args = vars(command.parse(list(argv)))
+    del args['benchmark'], args['json']
+    return args
+
+
+def sampled(**seconds):
+    return {name: [Sample(value, value)] * 3 for name, value in seconds.items()}
+
+
+def test_summary_and_text():
+    args = parsed('pipeline', '--accumulation=4', '--rounds=3')
+    samples = sampled(pipeline=22.0, one_stage=30.0, plain=25.0, forward_0=4.0, both_0=12.0, both_1=20.0, optimizer=8.0)
+    found = pipeline.summary(args, samples, 'block4a', [30, 10])
+    # As in test_parts_of_the_ideal_add_up, and 2 for the optimizer, of which the larger stage has three quarters.
+    assert found['ideal'] == 16 + 2 + 2 + 4 + 1.5
+    assert found['pipeline_to_ideal'] == 22 / 25.5
+    assert found['one_stage_to_plain'] == 1.2
+    assert found['blind_ideal'] == 30 / 2 * 6 / 4
+    text = pipeline.show(json.loads(json.dumps(found)))
+    assert '2 stages ÷ ideal: 0.863 (target 1.15, met)' in text
+    assert 'one stage ÷ plain step: 1.200 (target 1.02, missed)' in text
+    assert 'busy' not in text
+    slow = [Sample(30.0, 10.0)] * 3
+    assert 'busy' in pipeline.show(pipeline.summary(args, samples | {'one_stage': slow}, 'block4a', [30, 10]))
+
+
+def test_table():
+    rows = [('name', 'a', 'long'), ('x', '1,000', ''), ('longest', '-', '2')]
+    assert setup.table(rows) == 'name         a  long\nx        1,000\nlongest      -     2'
+
+
+def test_memory_text():
+    sizes = {'argument': 2 * setup.MIB, 'output': setup.MIB, 'alias': setup.MIB}
+    layouts = [
+        {'stages': stages, 'recompute': recompute, 'splits': splits, 'temp': temp * setup.MIB, **sizes}
+        for stages, recompute, splits, temp in ((1, 'none', '', 8), (2, 'none', 'block2a', 12), (2, 'stage', 'head', 6))
+    ]
+    flags = parsed('memory', '--model=b0')
+    lines = [line.split() for line in memory.show({'flags': flags, 'layouts': layouts}).splitlines()]
+    assert ['1', 'stage', '8.0', '8.0'] in lines  # nothing before the last stage that could be computed again
+    assert ['2', 'stages', '12.0', '6.0'] in lines
+    assert ['2', '×', 'stage', '6.0', '2.0', '1.0', '1.0', 'head'] in lines
+
+
+def test_train_step_summary_and_text():
+    args = parsed('train_step', '--batch=4', '--steps=2', '--rounds=3')
+    ours = {'parameters': 5, 'macs': 100, 'compile_seconds': 7.0, 'cached_compile_seconds': 1.0, 'bytes': 50.0}
+    ours |= {'device': 'cpu', 'peak_flops': 12_000.0, 'peak_bandwidth': 100.0}
+    sides_ = {'ours': ours, 'timm': {'parameters': 5, 'compile_seconds': 2.0}}
+    seconds = {'ours': [1.0, 2.0, 4.0], 'timm': [3.0, 2.0, 2.0]}
+    found = train_step.summary(args, sides_, seconds, {'ours': setup.MIB, 'timm': 3 * setup.MIB})
+    # Pair by pair 3, 1 and 1/2, whose median is not the ratio of the medians' order of rounds.
+    assert (found['ratio'], found['ratio_range']) == (1.0, [0.5, 3.0])
+    assert found['images_per_second'] == {'ours': 4.0, 'timm': 4.0}
+    assert found['flops_per_second']['ours'] == 2 * 3 * 100 * 4.0
+    assert found['flops_share']['ours'] == 0.2
+    assert found['bandwidth_share'] == 50 / (2.0 / 2) / 100
+    assert found['compile_seconds'] == {'ours': 7.0, 'timm': 2.0}
+    layers = [{'layer': 'one', 'ours': 0.001, 'timm': 0.002}]
+    text = train_step.show(json.loads(json.dumps(found | {'layers': layers})))
+    assert 'ours ÷ timm: 1.000 (rounds 0.500 to 3.000)' in text
+    assert ['one', '1.000', '2.000', '2.00'] in [line.split() for line in text.splitlines()]
+    evaluated = train_step.summary(args | {'mode': 'evaluate'}, {'ours': ours}, {'ours': [1.0]}, {'ours': 1})
+    assert evaluated['ratio'] is None
+    assert evaluated['flops_per_second'] == {'ours': 2 * 100 * 8.0}
+
+
+def test_layers_are_those_of_the_blocks_once():
+    layers = sides.distinct_layers(model_spec('b0', width=0.25, depth=0.3, group_size=16), 32)
+    assert len(set(layers)) == len(layers)
+    # block1a: 8 channels on 16 pixels a side do not expand; block2a: 8 -> 32 -> 8 with a stride of 2.
+    assert layers[0] == sides.Layer(16, 8, 8, 3, 1, 1)
+    assert sides.Layer(16, 8, 32, 1) in layers
+    assert sides.Layer(16, 32, 32, 3, 2, 2) in layers
+    assert sides.Layer(8, 32, 8, 1) in layers
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['train_step', '--against=tensorflow'], "--against='tensorflow' must be one of timm, timm-compile, native"),
+        (['train_step', '--steps=0'], '--steps=0 must be at least 1'),
+        (['train_step', '--recompute=stage'], "--recompute='stage' must be one of none, block"),
+        (['pipeline', '--stages=1'], '--stages=1 must be at least 2; one stage is measured beside them'),
+        (['pipeline', '--rounds=0'], '--rounds=0 must be at least 1'),
+        (['input', '--batch=0'], '--batch=0 must be at least 1'),
+        (['input', '--photos=/nowhere'], "--photos='/nowhere' holds no *.jpg"),
+        (['memory', '--image_size=0'], '--image_size=0 must be at least 1'),
+        (['memory', '--stages=1,x'], "--stages='1,x' must be whole numbers above 0 with commas between them"),
+        (['memory', '--recompute=all'], "--recompute='all': 'all' is unknown; choose among none, block, stage"),
+        (['memory', '--model=b9', '--stages=1'], 'b9'),
+        (['memory', '--stages=99'], 'stages=99'),
+    ],
+)
+def test_errors_are_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(argv)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith('error: ')
+    assert err.count('\n') == 1
+    assert message in err
+
+
+def test_help_lists_the_benchmarks(capsys):
+    for argv in (['--help'], ['train_step', '--help'], ['pipeline', '--help'], ['memory', '--help']):
+        with pytest.raises(SystemExit) as ended:
+            command.main(argv)
+        assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for module in command.BENCHMARKS.values():
+        assert module.__doc__.partition('\n')[0].split()[0] in out
+
+
+def test_config():
+    args = parsed('pipeline', '--policy=16.16', '--schedule=sequential')
+    config = setup.make_config(args, stages=2, splits='block3a', recompute='none')
+    assert (config.stages, config.splits, config.pipeline, config.recompute) == (2, 'block3a', 'sequential', 'none')
+    assert config.precision.policy == '16.16'
+    assert config.global_batch == args['micro_batch'] * args['accumulation']
+    assert setup.make_config(args).pipeline == 'grouped'  # one stage has no schedule
+
+
+def run(*argv):
+    done = subprocess.run(
+        [sys.executable, '-m', 'experiments.benchmark', *argv], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_input_summary_and_text():
+    args = parsed('input', '--batch=10', '--batches=20', '--photos=DIR')
+    seconds = {'ours': [2.0, 1.0, 4.0], 'tf_data': [3.0, 3.0, 1.0], 'torch': [5.0, 6.0, 7.0]}
+    found = host_input.summary(args, seconds, 1.05, {'grain': 'pip install it'})
+    assert found['images_per_second'] == {'ours': 100, 'tf_data': 200 / 3, 'torch': 200 / 6}
+    assert found['ratio'] == pytest.approx({'tf_data': 1.5, 'torch': 3.0})
+    assert found['range']['ours'] == [50, 200]
+    assert found['bytes_per_image'] == 224 * 224 * 3
+    text = host_input.show(json.loads(json.dumps(found)))
+    assert '1.50  1.3 met' in text
+    assert 'grain: not installed (pip install it)' in text
+    assert '1.05 T (target 1.1, met)' in text
+    assert '1.3 missed' in host_input.show(host_input.summary(args, seconds | {'tf_data': [2.0]}, 1.2, {}))
+
+
+def test_photographs_are_as_large_as_imagenets(tmp_path):
+    host_input.make_photos(tmp_path, count=8)
+    sizes = []
+    for path in sorted(tmp_path.iterdir()):
+        with Image.open(path) as image:
+            sizes.append(image.size)
+        assert 10_000 < path.stat().st_size < 150_000
+    assert sizes == [(375, 500), *[(500, 375)] * 3] * 2
+
+
+def test_boxes_of_random_resized_crop():
+    draw = np.random.default_rng(0)
+    boxes = np.array([host_input.resized_crop_box(500, 375, draw.uniform) for _ in range(500)])
+    left, top, width, height = boxes.T
+    assert (boxes >= 0).all()
+    assert (left + width <= 500).all()
+    assert (top + height <= 375).all()
+    area, aspect = width * height / (500 * 375), width / height
+    assert 0.045 < area.min() < 0.1
+    assert 0.8 < area.max() <= 1
+    assert 0.72 < aspect.min() < aspect.max() < 1.38
+
+
+def test_a_step_hides_the_loading_only_if_it_is_done_meanwhile(monkeypatch):
+    def late():  # every batch takes its time when it is asked for
+        while True:
+            time.sleep(0.02)
+            yield np.zeros((1, 2, 2, 3), np.uint8)
+
+    monkeypatch.setattr(host_input, '_AHEAD', 1)
+    assert 1.8 < host_input.overlap(late(), 0.02, 5) < 4
+    assert 1 <= host_input.overlap(iter(np.zeros((99, 1, 2, 2, 3), np.uint8)), 0.02, 5) < 1.7
+
+
+def test_unknown_splits_are_one_line():
+    with pytest.raises(ConfigError, match='is no block of this network'):
+        pipeline.run(parsed('pipeline', *TINY, '--splits=block9z'))
+
+
+@pytest.mark.slow
+def test_tiny_pipeline():
+    found = json.loads(run('pipeline', *TINY, '--rounds=2', '--json'))
+    assert found['splits']
+    assert len(found['both']) == len(found['works']) == 2
+    assert found['ideal'] > 0
+    assert all(low <= found['seconds'][name] <= high for name, (low, high) in found['range'].items())
+    assert found['one_stage_to_plain'] < 3
+
+
+@pytest.mark.slow
+def test_tiny_input():
+    found = json.loads(run('input', '--image_size=32', '--batch=4', '--batches=3', '--rounds=2', '--json'))
+    assert found['ratio'].keys() | found['missing'].keys() == {'tf_data', 'torch'}
+    assert found['ratio'].keys() < found['images_per_second'].keys()
+    assert found['bytes_per_image'] == 3072
+    assert all(low <= found['images_per_second'][name] <= high for name, (low, high) in found['range'].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', ['train', 'evaluate'])
+def test_tiny_train_step(mode):
+    flags = ('--width=0.25', '--depth=0.1', '--image_size=32', '--batch=2', '--rounds=2', '--steps=1')
+    found = json.loads(run('train_step', *flags, f'--mode={mode}', '--against=native', '--json'))
+    low, high = found['ratio_range']
+    assert 0 < low <= found['ratio'] <= high
+    assert set(found['images_per_second']) == set(found['peak_bytes']) == {'ours', 'native'}
+    assert all(value > 0 for value in found['peak_bytes'].values())
+    assert 0 < found['cached_compile_seconds'] < found['compile_seconds']['ours']
+
+
+@pytest.mark.slow
+def test_tiny_memory():
+    found = json.loads(run('memory', *TINY, '--stages=1,2', '--json'))
+    names = [(layout['stages'], layout['recompute']) for layout in found['layouts']]
+    assert names == [(1, 'none'), (1, 'block'), (2, 'none'), (2, 'block'), (2, 'stage')]
+    for layout in found['layouts']:
+        # Of one device: its images, all fp32 weights and momentum of its stage, and little else.
+        images = math.ceil(2 * 2 / layout['stages']) * 32 * 32 * 3
+        assert 0 < layout['alias'] <= layout['output'] <= layout['argument']
+        assert abs(layout['argument'] - layout['output'] - images) < 1000
+        assert layout['temp'] > 0
+    assert np.isfinite(layout['temp'])

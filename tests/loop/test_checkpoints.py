@@ -1,0 +1,124 @@
+"""Checkpoints: bit-exact, newest and best kept, damage found and stepped over."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from efficientnet.errors import ConfigError
+from efficientnet.loop.checkpoints import Checkpoints
+
+
+def state(value):
+    """A tree with every kind of node and format a run has, NaN and subnormals included."""
+    rng = np.random.default_rng(value)
+    half = rng.standard_normal((40, 30)).astype(np.float16)
+    half[0, :3] = [np.nan, np.inf, 6e-8]
+    return {
+        'params': {'stem': {'kernel': half, 'bias': np.asarray(jnp.arange(5, dtype=jnp.bfloat16))}},
+        'empty': {},
+        'optimizer': (optax.EmptyState(), {'count': np.int32(value)}),
+        'scale': np.float32(128),
+    }
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    found = Checkpoints(tmp_path / 'checkpoints', keep=2)
+    yield found
+    found.close()
+
+
+def damage(directory: pathlib.Path, how: str) -> None:
+    """Cuts short, empties, changes or removes the data files of a checkpoint."""
+    files = [path for path in (directory / 'state').rglob('d/*') if path.is_file()]
+    assert files
+    for path in files:
+        data = bytearray(path.read_bytes())
+        if how == 'cut':
+            path.write_bytes(data[: len(data) // 2])
+        elif how == 'emptied':
+            path.write_bytes(b'')
+        elif how == 'flipped':
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        else:
+            path.unlink()
+
+
+def test_round_trip(checkpoints):
+    assert checkpoints.restore_newest(state(0)) is None
+    checkpoints.save(3, state(3), {'seconds': 1.5, 'nested': {'a': [1, 2]}}, None)
+    found, facts, complaints = checkpoints.restore_newest(state(0))
+    assert_same(found, state(3))
+    assert facts['position'] == 3
+    assert facts['nested'] == {'a': [1, 2]}
+    assert complaints == []
+
+
+def test_newest_and_best_are_kept(checkpoints):
+    for position, accuracy in [(1, 0.5), (2, 0.9), (3, None), (4, 0.6), (5, 0.9), (6, 0.7), (7, 0.8)]:
+        checkpoints.save(position, state(position), {}, accuracy)
+    kept = checkpoints.positions()
+    assert kept[-2:] == [6, 7]
+    assert len(kept) == 3
+    assert kept[0] in (2, 5)
+
+
+# TensorStore's reader complains about its event loop when the read it was in fails.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.parametrize('how', ['cut', 'emptied', 'flipped', 'removed'])
+def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, checkpoints, how):
+    checkpoints.save(1, state(1), {}, None)
+    checkpoints.save(2, state(2), {}, None)
+    damage(tmp_path / 'checkpoints' / '2', how)
+    found, facts, complaints = checkpoints.restore_newest(state(0))
+    assert_same(found, state(1))
+    assert facts['position'] == 1
+    assert len(complaints) == 1
+    assert 'checkpoints/2 is damaged' in complaints[0]
+    checkpoints.discard_after(1)
+    assert checkpoints.positions() == [1]
+    checkpoints.save(2, state(2), {}, None)
+    assert_same(checkpoints.restore_newest(state(0))[0], state(2))
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path, checkpoints):
+    checkpoints.save(1, state(1), {}, None)
+    damage(tmp_path / 'checkpoints' / '1', 'cut')
+    with pytest.raises(ConfigError, match='no whole one is left'):
+        checkpoints.restore_newest(state(0))
+
+
+def test_an_unfinished_save_is_no_checkpoint(tmp_path):
+    first = Checkpoints(tmp_path / 'c', keep=1)
+    first.save(1, state(1), {}, None)
+    first.close()
+    leftover = tmp_path / 'c' / '2.orbax-checkpoint-tmp'
+    leftover.mkdir()
+    (leftover / 'junk').write_text('half')
+    visitor = Checkpoints(tmp_path / 'c', keep=1, owner=False)
+    assert visitor.positions() == [1]
+    visitor.close()
+    assert leftover.exists()  # it could be the owner's save in progress
+    again = Checkpoints(tmp_path / 'c', keep=1)
+    assert again.positions() == [1]
+    again.close()
+    assert not leftover.exists()
+
+
+def test_keep_must_be_positive(tmp_path):
+    with pytest.raises(ConfigError, match=r'checkpoint\.keep=0'):
+        Checkpoints(tmp_path / 'c', keep=0)

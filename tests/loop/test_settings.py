@@ -1,0 +1,71 @@
+import pytest
+
+from configs import base
+from efficientnet.errors import ConfigError
+from efficientnet.loop.settings import RESUMABLE, Fields, check_known, check_resumable, check_used, flatten
+
+
+def test_flatten_makes_tuples_json():
+    flat = flatten(base.get_config())
+    assert flat['optimizer.momentum'] == 0.885
+    assert flat['augment.mean'] == [123.68, 116.78, 103.94]
+
+
+def test_base_is_locked():
+    with pytest.raises(AttributeError, match='momentum'):
+        base.get_config().optimizer.momentun = 0.9
+
+
+def test_unknown_and_missing_fields():
+    config = base.get_config()
+    check_known(config)
+    with config.unlocked():
+        config.optimizer.beta = 1.0
+    with pytest.raises(ConfigError, match=r'unknown config fields: optimizer\.beta'):
+        check_known(config)
+    with config.unlocked():
+        del config.optimizer.beta
+        del config.seed
+    with pytest.raises(ConfigError, match='missing: seed'):
+        check_known(config)
+
+
+def test_a_changed_field_that_nothing_reads():
+    config = base.get_config()
+    config.optimizer.rms_decay = 0.5
+    fields = Fields(config)
+    assert fields.optimizer.momentum == 0.885
+    assert 'optimizer.momentum' not in fields.unread()
+    with pytest.raises(ConfigError, match=r'optimizer\.rms_decay=0\.5'):
+        check_used(fields)
+    assert fields.optimizer.rms_decay == 0.5
+    check_used(fields)
+
+
+def test_resumable_fields_exist():
+    assert set(RESUMABLE) <= set(flatten(base.get_config()))
+
+
+def test_other_config_is_refused_by_name():
+    stored, now = (flatten(base.get_config()) for _ in range(2))
+    now['replicas'] = 4
+    check_resumable(stored, now, 'runs/x')
+    now['optimizer.momentum'] = 0.5
+    with pytest.raises(ConfigError, match=r'runs/x .*optimizer\.momentum: 0\.885 there, 0\.5 now'):
+        check_resumable(stored, now, 'runs/x')
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'then'),
+    [
+        ('augment.mixup_alpha', 0.2, 'micro_batch'),
+        ('augment.cutmix_probability', 0.5, 'micro_batch'),
+        ('model.norm', 'batch', 'micro_batch'),
+        ('model.batch_norm_sync', True, 'replicas'),
+    ],
+)
+def test_what_a_micro_batch_shares_fixes_its_size(field, value, then):
+    stored, now = (flatten(base.get_config()) | {field: value} for _ in range(2))
+    now[then] = 2
+    with pytest.raises(ConfigError, match=rf'{then}: .* there, 2 now'):
+        check_resumable(stored, now, 'runs/x')

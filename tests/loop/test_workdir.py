@@ -1,0 +1,82 @@
+import errno
+import json
+import types
+
+import ml_collections
+import pytest
+
+from efficientnet.errors import ConfigError, RunError
+from efficientnet.loop.workdir import claim, stored_config, writing
+from tests.tiny import tiny_config, tiny_parts
+
+
+@pytest.fixture(scope='module')
+def parts():
+    return tiny_parts(blocks=1)
+
+
+def test_config_is_written_and_read_back(tmp_path, parts):
+    with claim(tmp_path / 'a' / 'b', parts):
+        stored = json.loads((tmp_path / 'a' / 'b' / 'config.json').read_text())
+    assert stored['optimizer']['name'] == 'lars'
+    assert stored['replicas'] == 1
+    found = stored_config(tmp_path / 'a' / 'b', None)
+    assert found.to_dict() == json.loads(json.dumps(parts.config.to_dict()))
+    assert stored_config(tmp_path / 'a' / 'b', tiny_config()).seed == 0
+
+
+def test_open_replicas_are_resolved(tmp_path):
+    parts = tiny_parts(blocks=1, replicas=0, micro_batch=2)
+    with claim(tmp_path, parts):
+        assert json.loads((tmp_path / 'config.json').read_text())['replicas'] == 8
+
+
+def test_another_layout_may_go_on_but_another_recipe_may_not(tmp_path, parts):
+    with claim(tmp_path, parts):
+        pass
+    with claim(tmp_path, tiny_parts(blocks=1, micro_batch=4, evaluation__batch=7)):
+        pass
+    with pytest.raises(ConfigError, match=r'seed: 0 there, 1 now'), claim(tmp_path, tiny_parts(blocks=1, seed=1)):
+        pass
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, parts):
+    with claim(tmp_path, parts), pytest.raises(ConfigError, match='in use by another process'), claim(tmp_path, parts):
+        pass
+    with claim(tmp_path, parts):
+        pass
+
+
+def test_a_file_in_the_way(tmp_path, parts):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ConfigError, match='cannot be written'), claim(tmp_path / 'file' / 'run', parts):
+        pass
+
+
+def test_a_full_disk_before_anything_is_computed(tmp_path, parts, monkeypatch):
+    usage = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr('efficientnet.loop.workdir.shutil.disk_usage', lambda path: usage)
+    with pytest.raises(ConfigError, match=r'0 MB free, but checkpoint\.keep=2 needs about'), claim(tmp_path, parts):
+        pass
+
+
+@pytest.mark.parametrize(
+    'error', [OSError(errno.ENOSPC, 'No space left on device'), ValueError('RESOURCE_EXHAUSTED: write: No space left')]
+)
+def test_a_disk_that_fills_up(tmp_path, error):
+    message = r'No space left on device; the checkpoint of step 7 is safe'
+    with pytest.raises(RunError, match=message), writing(tmp_path, 7):
+        raise error
+
+
+def test_other_errors_are_not_disk_errors(tmp_path):
+    with pytest.raises(ZeroDivisionError), writing(tmp_path, 0):
+        raise ZeroDivisionError
+
+
+def test_no_run_and_a_damaged_config(tmp_path):
+    with pytest.raises(ConfigError, match='holds no run'):
+        stored_config(tmp_path, None)
+    (tmp_path / 'config.json').write_text('{"seed": ')
+    with pytest.raises(ConfigError, match=r'config\.json is damaged'):
+        stored_config(tmp_path, ml_collections.ConfigDict())

@@ -1,0 +1,226 @@
+"""Pipelined updates against unpipelined ones, and what the compiled program holds, sends and keeps."""
+
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficientnet.loop.programs import compile_update
+from efficientnet.numerics import random_keys
+from efficientnet.parallel.layout import RECOMPUTE
+from efficientnet.parallel.pipeline import SCHEDULES
+from efficientnet.parallel.residuals import Residuals
+from efficientnet.parallel.train_state import pack_state, unpack_state
+from tests.tiny import run_updates, tiny_parts
+
+SPLITS = {1: 'auto', 2: 'block2a', 3: 'block1a,block2a', 4: 'block1a,block2a,head'}
+UPDATES = 2
+
+
+def final(stages=1, replicas=1, count=1, **changes):
+    """Plain weights and statistics, and metrics, after two updates with everything random switched on."""
+    parts = tiny_parts(
+        splits=SPLITS[stages],
+        replicas=replicas,
+        micro_batch=2,
+        global_batch=2 * replicas * count,
+        steps=UPDATES,
+        **{'model__survival': 0.5, 'augment__mixup_alpha': 0.4, 'augment__cutmix_probability': 0.5} | changes,
+    )
+    state, metrics = run_updates(parts, UPDATES)
+    return unpack_state(state, parts.packings), metrics[-1]
+
+
+_references = {}
+
+
+def reference(batches, **changes):
+    """The same updates on one device in one stage."""
+    name = (batches, *sorted(changes.items()))
+    if name not in _references:
+        _references[name] = final(count=batches, **changes)
+    return _references[name]
+
+
+def check(stages, replicas, count, exact=False, bound=1e-5, **changes):
+    layout = {name: changes.pop(name) for name in ('recompute', 'pipeline') if name in changes}
+    expected, expected_metrics = reference(replicas * count, **changes)
+    found, metrics = final(stages, replicas, count, **layout, **changes)
+    assert found.step == expected.step == UPDATES
+    for part in ('params', 'batch_stats', 'optimizer'):
+        pairs = zip(
+            jax.tree_util.tree_leaves_with_path(getattr(expected, part)),
+            jax.tree.leaves(getattr(found, part)),
+            strict=True,
+        )
+        for (path, a), b in pairs:
+            name = part + jax.tree_util.keystr(path)
+            if exact:
+                np.testing.assert_array_equal(a, b, err_msg=name)
+            else:
+                a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+                np.testing.assert_allclose(a, b, rtol=bound, atol=bound / 5, err_msg=name)
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=max(bound, 1e-4), err_msg=name)
+
+
+# Stages, replicas, micro-batches; each layout's recomputation and schedule are there to be different.
+FEW = [
+    (2, 2, 5, 'none', 'grouped'),
+    (3, 2, 2, 'block', 'sequential'),
+    (4, 2, 4, 'stage', 'grouped'),
+]
+
+
+@pytest.mark.parametrize(('stages', 'replicas', 'count', 'recompute', 'schedule'), FEW)
+def test_stages_do_not_change_the_result(stages, replicas, count, recompute, schedule):
+    check(stages, replicas, count, recompute=recompute, pipeline=schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('recompute', RECOMPUTE)
+@pytest.mark.parametrize('schedule', SCHEDULES)
+@pytest.mark.parametrize(('stages', 'replicas'), list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4))))
+def test_no_layout_changes_the_result(stages, replicas, schedule, recompute):
+    if stages == 1 and schedule != 'grouped':
+        pytest.skip('one stage has no schedule')
+    if stages * replicas > len(jax.devices()):
+        pytest.skip('needs more devices: set TEST_DEVICES=16')
+    layout = {'recompute': recompute} | ({'pipeline': schedule} if stages > 1 else {})
+    for count in sorted({1, stages - 1, stages, 2 * stages + 1} - {0}):
+        check(stages, replicas, count, **layout)
+
+
+@pytest.mark.parametrize(
+    ('stages', 'replicas', 'recompute'), [(2, 2, 'stage'), pytest.param(3, 1, 'block', marks=pytest.mark.slow)]
+)
+def test_16_bits_are_the_same_bits(stages, replicas, recompute):
+    """Recomputed from the same 16-bit boundaries, by the same operations, rounded by the same random bits."""
+    check(stages, replicas, 4, exact=True, precision__policy='16.16', recompute=recompute)
+
+
+def test_16_bits_kept_between_forward_and_backward():
+    """What is kept has been rounded to fp16, where one program may use it before: up to two weight steps apart."""
+    check(2, 1, 4, bound=5e-3, precision__policy='16.16', recompute='none')
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'model__norm': 'batch'},
+        pytest.param({'model__norm': 'layer_proxy'}, marks=pytest.mark.slow),
+        pytest.param({'optimizer__name': 'rmsprop', 'optimizer__epsilon': 1e-3}, marks=pytest.mark.slow),
+    ],
+)
+def test_norms_and_optimizers(changes):
+    check(3, 2, 2, recompute='none' if 'model__norm' in changes else 'stage', **changes)
+
+
+@pytest.mark.parametrize('recompute', ['stage', pytest.param('none', marks=pytest.mark.slow)])
+def test_a_stage_that_overflows_stops_all(recompute):
+    """Only the last stage's classifier is infinite; nobody's weights may move."""
+    parts = tiny_parts(splits='block1a,block2a', micro_batch=4, recompute=recompute, precision__loss_scale='dynamic')
+    start = jax.device_get(parts.init_state())
+    plain = unpack_state(start, parts.packings)
+    plain.params['head']['classifier']['bias'] = np.full((10,), np.inf, np.float32)
+    start = pack_state(plain, start, parts.packings)
+    state, metrics = run_updates(parts, 2, start)
+    assert metrics[-1]['skipped_in_row'] == 2
+    assert metrics[-1]['loss_scale'] == 64
+    jax.tree.map(np.testing.assert_array_equal, state.params, start.params)
+    jax.tree.map(np.testing.assert_array_equal, state.optimizer, start.optimizer)
+    assert (state.step == 0).all()
+
+
+def compiled(**changes):
+    parts = tiny_parts(micro_batch=2, **changes)
+    return parts, compile_update(parts)
+
+
+def loops_of(text):
+    """The text of every computation that a loop runs, with those they call."""
+    bodies = {}
+    for block in re.split(r'\n\n', text):
+        name = re.match(r'(?:ENTRY )?(%?[\w.\-]+) \(', block)
+        if name:
+            bodies[name[1].lstrip('%')] = block
+    inside, waiting = {}, [name.lstrip('%') for name in re.findall(r'while\(.*?body=(%?[\w.\-]+)', text)]
+    while waiting:
+        name = waiting.pop()
+        if name in bodies and name not in inside:
+            inside[name] = bodies[name]
+            named = re.findall(
+                r'(?:calls|to_apply|body|condition|\w+_computations?)=\{?(%?[\w.\-]+(?:, %?[\w.\-]+)*)', bodies[name]
+            )
+            waiting += [part.strip().lstrip('%') for group in named for part in group.split(',')]
+    return '\n'.join(inside.values())
+
+
+@pytest.mark.parametrize(
+    ('splits', 'groups'), [('block2a', '{{0,2},{1,3}}'), ('block1a,block2a', '{{0,3},{1,4},{2,5}}')]
+)
+def test_what_the_program_sends(splits, groups):
+    parts, program = compiled(splits=splits, replicas=2)
+    text, stages = program.as_text(), splits.count(',') + 2
+    loops = loops_of(text)
+    reductions = re.findall(r'= (\S+) all-reduce(?:-start)?\(.*?replica_groups=(\{\{.*?\}\})', text)
+    rows = math.prod(parts.packings.params.shape)
+    # One carries gradients, statistics and metrics among equal stages; the other a few numbers among a replica's.
+    assert sorted(size for size, _ in reductions) == sorted([f'f32[{rows + 4}]{{0}}', 'f32[7]{0}'])
+    own = [[replica * stages + stage for stage in range(stages)] for replica in range(2)]
+    assert {found for _, found in reductions} == {groups, str(own).replace('[', '{').replace(']', '}').replace(' ', '')}
+    assert 'all-reduce' not in loops
+    assert 'all-gather' not in loops
+    permutes = re.findall(r'collective-permute(?:-start)?\(', text)
+    assert len(permutes) == len(re.findall(r'collective-permute(?:-start)?\(', loops)) == 2
+    assert 'may-alias' in text or 'must-alias' in text
+
+
+def test_a_device_holds_its_stage_only():
+    parts, program = compiled(splits='block1a,block2a,head', replicas=2)
+    sizes = [part.shape[0] for part in parts.packings.params.parts]
+    assert parts.packings.params.shape[0] == max(sizes) < sum(sizes)
+    state = parts.grid.place(jax.device_get(parts.init_state()))
+    for leaf in (state.params, *jax.tree.leaves(state.optimizer)):
+        for shard in leaf.addressable_shards:
+            assert shard.data.nbytes <= 4 * math.prod(parts.packings.params.shape)
+    argument = program.memory_analysis().argument_size_in_bytes
+    whole = sum(leaf.nbytes // 8 for leaf in jax.tree.leaves(state))
+    batch = parts.grid.layout.rows // 4 * (8 * 8 * 3 + 8)
+    assert abs(argument - whole - batch) < 1000
+
+
+def test_replicas_of_a_stage_stay_bit_identical():
+    parts = tiny_parts(splits='block1a', replicas=4, micro_batch=2, precision__policy='16.16')
+    _, program = compiled(splits='block1a', replicas=4, precision__policy='16.16')
+    state, stop = parts.grid.place(jax.device_get(parts.init_state())), parts.grid.flag(False)
+    for batch in itertools.islice(parts.grid.prefetch(parts.train_batches(0), 1), 3):
+        state, _ = program(state, batch, stop)
+    for leaf in jax.tree.leaves(state):
+        rows = np.asarray(leaf)
+        for stage in range(2):
+            np.testing.assert_array_equal(rows[stage::2], np.broadcast_to(rows[stage], rows[stage::2].shape))
+
+
+def test_a_backward_function_survives_as_bytes():
+    """With leaves of every kind: a parameter, fp32, fp16, masks, and an odd number of bytes."""
+
+    def function(params, x, key):
+        keep = jax.random.bernoulli(key, 0.5, (3, 5))
+        y = jnp.where(keep, jnp.tanh(x @ params['w']), 0.0).astype(jnp.float16)
+        return jnp.exp(y).sum(dtype=jnp.float32) + jnp.square(params['v']).sum()
+
+    params = {'v': jnp.arange(7.0), 'w': jnp.linspace(-1.0, 1.0, 20).reshape(4, 5)}
+    x, key = jnp.linspace(0.0, 1.0, 12).reshape(3, 4), random_keys.purpose_key(0, 'samples')
+    _, pull = jax.vjp(lambda params, x: function(params, x, key), params, x)
+    residuals = Residuals(pull, params)
+    data = residuals.pack(pull)
+    assert data.shape == (residuals.size,)
+    assert data.dtype == jnp.uint8
+    assert residuals.size < sum(leaf.nbytes for leaf in jax.tree.leaves(pull))  # parameters stay out
+    again = residuals.unpack(jnp.pad(data, (0, 100)), params)
+    jax.tree.map(np.testing.assert_array_equal, again(jnp.float32(1)), pull(jnp.float32(1)))
