@@ -10,7 +10,7 @@ import numpy as np
 
 from input_pipeline import order
 from input_pipeline.errors import DataError
-from input_pipeline.sources import UNLABELLED, Source, check_labels
+from input_pipeline.sources import Source, check_labels
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,8 @@ def train_batches(
         DataError: at once if the request makes no sense; while iterating, for damage or a wrong label.
     """
     _check(source, image_size, global_batch, process_index, process_count, resize, crop_ratio, damaged_limit)
+    if source.label_sets:
+        raise DataError(f'{source.name} has sets of right classes, not one label an image: it can only be tested on')
     _require(crop in CROPS, 'augment.crop', crop, f'one of {", ".join(CROPS)}')
     _require(pad >= 0, 'augment.pad', pad, 'at least 0 pixels')
     _require(0 <= seed < 2**64, 'seed', seed, 'from 0 to 2**64 - 1')
@@ -139,8 +141,8 @@ def evaluation_batches(
         damaged: as in `train_batches`.
 
     Returns:
-        As `train_batches`. The mask is 0 for the padding at the end as well, and for images without a label; it is
-        1 exactly once for every other example.
+        As `train_batches`, but 'label' uint8 [local, classes] where the source has label sets. The mask is 0 for the
+        padding at the end as well, and for images whose set is empty; it is 1 exactly once for every other example.
 
     Raises:
         DataError: at once if the request makes no sense; while iterating, for damage or a wrong label.
@@ -157,6 +159,7 @@ def evaluation_batches(
         image_size=image_size,
         resize=resize,
         ratio=crop_ratio,
+        label_set=len(source.classes) if source.label_sets else 0,
     )
     return _checked(source, pipeline.host_batches(source, plan), damaged_limit, damaged)
 
@@ -210,6 +213,8 @@ def _checked(
                 f'{source.name}: {len(damaged)} damaged images, more than input.damaged_limit ='
                 f' {damaged_limit}: {", ".join(list(damaged.values())[:5])}'
             )
-        mask = mask * (labels != UNLABELLED)
-        check_labels(source, indices[mask > 0], labels[mask > 0])
-        yield {'image': batch['image'], 'label': np.where(mask > 0, labels, np.int32(0)), 'mask': mask}
+        if source.label_sets:
+            mask = mask * labels.any(axis=1)
+        else:
+            check_labels(source, indices[mask > 0], labels[mask > 0])
+        yield {'image': batch['image'], 'label': labels, 'mask': mask}

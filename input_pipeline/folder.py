@@ -20,6 +20,7 @@ class FolderSource:
     paths: tuple[str, ...]
     labels: np.ndarray
     image_shape: None = None
+    label_sets: bool = False
 
     @property
     def num_examples(self) -> int:

@@ -39,6 +39,7 @@ class Plan:
         pad: pixels on every side, for crop 'pad'.
         flip: mirror half of the images.
         prefetch: batches made ahead of the consumer.
+        label_set: number of classes in a label set; 0: an example has one label.
     """
 
     examples: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -52,6 +53,7 @@ class Plan:
     pad: int = 0
     flip: bool = False
     prefetch: int = 3
+    label_set: int = 0
 
     @property
     def rows(self) -> range:
@@ -63,9 +65,9 @@ def host_batches(source: Source, plan: Plan) -> Iterator[Rows]:
     """Runs the graph.
 
     Yields:
-        'index' int64 [n] (−1: padding), 'image' uint8 [n, S, S, 3], 'label' int32 [n] and 'mask' float32 [n], 0 for
-        padding and for images that do not decode, which are blank and have label 0; n is the local batch. The
-        arrays are read-only views of TensorFlow's memory.
+        'index' int64 [n] (−1: padding), 'image' uint8 [n, S, S, 3], 'label' int32 [n] (of a source with label sets
+        uint8 [n, classes]) and 'mask' float32 [n], 0 for padding and for images that do not decode, which are blank
+        and have label 0 or an empty set; n is the local batch. The arrays are read-only views of TensorFlow's memory.
     """
     batches = ({name: np.asarray(memoryview(t)) for name, t in tensors.items()} for tensors in _dataset(source, plan))
     for batch in _in_their_places(batches, plan):
@@ -107,7 +109,8 @@ def _cut(rows: Rows, stop: int) -> tuple[Rows, Rows]:
 
 def _no_rows(plan: Plan) -> Rows:
     image = np.empty((0, plan.image_size, plan.image_size, 3), np.uint8)
-    return {'row': np.empty(0, np.int64), 'image': image, 'label': np.empty(0, np.int32)}
+    label = np.empty((0, plan.label_set), np.uint8) if plan.label_set else np.empty(0, np.int32)
+    return {'row': np.empty(0, np.int64), 'image': image, 'label': label}
 
 
 def _filled(rows: Rows, first: int, plan: Plan) -> Rows:
@@ -159,8 +162,9 @@ def _reader(source: Source, plan: Plan, count: int) -> Callable[[tf.Tensor], Ten
         images, labels, boxes = source.read(indices[present])
         return rows[present], seeds[present].astype(np.int64), images, labels, _padded(boxes)
 
-    dtypes = (tf.int64, tf.int64, tf.uint8 if in_memory else tf.string, tf.int32, tf.float32)
-    names, shapes = ('row', 'seed', 'image', 'label', 'boxes'), ((), (2,), shape, (), (None, 4))
+    label_dtype, label_shape = (tf.uint8, (plan.label_set,)) if plan.label_set else (tf.int32, ())
+    dtypes = (tf.int64, tf.int64, tf.uint8 if in_memory else tf.string, label_dtype, tf.float32)
+    names, shapes = ('row', 'seed', 'image', 'label', 'boxes'), ((), (2,), shape, label_shape, (None, 4))
 
     def graph(first: tf.Tensor) -> Tensors:
         columns = zip(names, tf.numpy_function(read, [first], dtypes), shapes, strict=True)

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from input_pipeline import tfrecords
 from input_pipeline.errors import DataError
 from input_pipeline.quiet_tf import tf
-from input_pipeline.sources import UNLABELLED, WHOLE_IMAGE, Examples
+from input_pipeline.sources import WHOLE_IMAGE, Examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +18,16 @@ class Keys:
 
     Attributes:
         image: the encoded image.
-        label: its class, counted from `first_label` on.
+        label: its class, or the classes that are all right, counted from `first_label` on.
         first_label: number of the first class.
-        among: further classes of which the label must be one, if this is given: else the first of them takes its
-            place, and an example with none has no label.
+        label_sets: whether there may be any number of such classes, none included.
         boxes: top, left, bottom and right of the annotated boxes, in parts of the sides; none if there are none.
     """
 
     image: str = 'image'
     label: str = 'label'
     first_label: int = 0
-    among: str = ''
+    label_sets: bool = False
     boxes: tuple[str, str, str, str] | tuple[()] = ()
 
 
@@ -72,30 +71,44 @@ class RecordSource:
 
     def read(self, indices: np.ndarray) -> Examples:
         """Encoded images, empty where the record cannot be read, with labels and boxes."""
-        encoded, labels, boxes = np.empty(len(indices), object), np.zeros(len(indices), np.int64), []
+        encoded, labels, boxes = np.empty(len(indices), object), [], []
         for row, index in enumerate(indices):
-            encoded[row], labels[row], found = self._read_one(index)
+            encoded[row], label, found = self._read_one(index)
+            labels.append(label)
             boxes.append(found)
-        # A label beyond 32 bits is as wrong as any that is too large: clipped, it is still found to be so.
-        clipped = np.where(labels == UNLABELLED, UNLABELLED, np.clip(labels, -1, 2**31 - 1))
-        return Examples(encoded, clipped.astype(np.int32), boxes)
+        return Examples(encoded, self._joined(labels), boxes)
 
-    def _read_one(self, index: int) -> tuple[bytes, int, np.ndarray]:
+    @property
+    def label_sets(self) -> bool:
+        """Whether an example has a set of right classes."""
+        return self.keys.label_sets
+
+    def _joined(self, labels: Sequence[Sequence[int]]) -> np.ndarray:
+        """The labels of k examples as `Examples` has them."""
+        if not self.label_sets:
+            # A label beyond 32 bits is as wrong as any that is too large: clipped, it is still found to be so.
+            return np.clip(np.array([own[0] for own in labels], np.int64), -1, 2**31 - 1).astype(np.int32)
+        sets = np.zeros((len(labels), len(self.classes)), np.uint8)
+        for row, own in enumerate(labels):
+            sets[row, list(own)] = 1
+        return sets
+
+    def _read_one(self, index: int) -> tuple[bytes, Sequence[int], np.ndarray]:
         try:
             record = tfrecords.read_record(self.paths[self.shards[index]], *self.spans[index].tolist())
             feature = tf.train.Example.FromString(record).features.feature
-            return feature[self.keys.image].bytes_list.value[0], self._label(feature), self._boxes(feature)
+            return feature[self.keys.image].bytes_list.value[0], self._labels(feature), self._boxes(feature)
         except (OSError, DecodeError, IndexError):  # unreadable, no Example, or one without such features
-            return b'', 0, WHOLE_IMAGE
+            return b'', (0,), WHOLE_IMAGE
 
-    def _label(self, feature: dict[str, tf.train.Feature]) -> int:
-        label = feature[self.keys.label].int64_list.value[0] - self.keys.first_label
-        if not self.keys.among:
-            return label
-        others = feature[self.keys.among].int64_list.value
-        if not others:
-            return UNLABELLED
-        return label if label in others else others[0]
+    def _labels(self, feature: dict[str, tf.train.Feature]) -> Sequence[int]:
+        values = feature[self.keys.label].int64_list.value
+        if not self.label_sets:
+            return (values[0] - self.keys.first_label,)
+        labels = [value - self.keys.first_label for value in values]
+        if not all(0 <= label < len(self.classes) for label in labels):
+            raise IndexError(labels)  # no set of our classes can hold it: the record is damaged
+        return labels
 
     def _boxes(self, feature: dict[str, tf.train.Feature]) -> np.ndarray:
         """The annotated boxes, without what sticks out of the image and without those that are empty."""

@@ -16,7 +16,6 @@ from input_pipeline.errors import DataError
 
 WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)  # the box of an image that nobody has annotated
 WHOLE_IMAGE.flags.writeable = False
-UNLABELLED = -(2**31)  # the label of an example that is there but not to be counted
 
 
 class Examples(NamedTuple):
@@ -24,7 +23,8 @@ class Examples(NamedTuple):
 
     Attributes:
         images: uint8 [k, H, W, 3], or an object array [k] of bytes, empty where they cannot be read.
-        labels: int32 [k]; `UNLABELLED` where an example has none.
+        labels: int32 [k]; of a source with label sets uint8 [k, classes], 1 for every class that is right, and none
+            at all for an example that is not to be counted.
         boxes: k arrays float32 [m, 4], m ≥ 1: top, left, bottom, right of what the image shows, in parts of its
             sides; `WHOLE_IMAGE` where nothing is annotated.
     """
@@ -42,10 +42,12 @@ class Source(Protocol):
         classes: class names; a label is an index into them.
         num_examples: number of examples.
         image_shape: (H, W, 3) of the images held in memory, None if they are read encoded.
+        label_sets: whether an example has a set of right classes in place of one label; such a split is for testing.
     """
 
     name: str
     classes: tuple[str, ...]
+    label_sets: bool
 
     @property
     def num_examples(self) -> int: ...  # noqa: D102
@@ -68,6 +70,7 @@ class ArraySource:
     classes: tuple[str, ...]
     images: np.ndarray
     labels: np.ndarray
+    label_sets: bool = False
 
     def __post_init__(self):
         check_labels(self, np.arange(self.num_examples), self.labels)
@@ -115,7 +118,7 @@ class CachedSource:
             raise DataError(f'input.cache = {self.limit / 2**30:g} must be at least 0 GiB')
 
     def __getattr__(self, name: str) -> object:
-        """Everything but reading is the source's: name, classes, num_examples, image_shape, locate."""
+        """Everything but reading is the source's: name, classes, num_examples, image_shape, label_sets, locate."""
         return getattr(self.source, name)
 
     def read(self, indices: np.ndarray) -> Examples:

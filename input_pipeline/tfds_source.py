@@ -19,9 +19,9 @@ from input_pipeline.sources import ArraySource, Fields
 
 import tensorflow_datasets as tfds  # isort: skip  # after quiet_tf, which it would import unquietly
 
-# What imagenet2012_real has in place of a label. An image of several classes counts as one of them: the original
-# label if that is among them, else the first. That is stricter than accepting any of them.
-REAL = {'original_label', 'real_label'}
+# What imagenet2012_real has in place of a label: people found every class that is on an image, or none. Any of them
+# is right, and images without any are left out (Beyer et al., arXiv 2006.07159, section 3).
+REAL = 'real_label'
 _MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images
 _DECODE_CHUNK = 512  # images
 
@@ -43,11 +43,13 @@ def open_tfds(name: str, split: str, data_dir: str | None, fields: Fields) -> Ar
     """
     builder = _prepared_builder(name, data_dir, fields)
     features, keys = builder.info.features, Keys()
-    if set(features or ()) >= REAL:
-        keys = Keys(label='original_label', among='real_label')
+    if REAL in set(features or ()):
+        keys = Keys(label=REAL, label_sets=True)
     if not {'image', keys.label} <= set(features or ()):
         raise DataError(f"{fields.dataset} = {name!r} has features {sorted(features or ())}, needs 'image' and 'label'")
     image, label = features['image'], features[keys.label]
+    if keys.label_sets:
+        label = label.feature
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
         raise DataError(f"{fields.dataset} = {name!r}: 'image' must be a uint8 tfds.features.Image, not {image}")
     if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
@@ -56,7 +58,7 @@ def open_tfds(name: str, split: str, data_dir: str | None, fields: Fields) -> Ar
         raise DataError(f'{fields.dataset} = {name!r} is prepared as {builder.info.file_format}; only tfrecord is read')
     source = _record_source(builder, f'{name} {split}', tuple(label.names), keys, split, fields)
     height, width = image.shape[:2]
-    if height and width and source.num_examples * height * width * 3 <= _MEMORY_LIMIT:
+    if height and width and not source.label_sets and source.num_examples * height * width * 3 <= _MEMORY_LIMIT:
         return _decode_all(source, (height, width, 3))
     return source
 

@@ -49,7 +49,10 @@ def make_evaluate(
         logits = model.apply(packings.unpack(variables), images, train=False)
         label, counted = batch['label'], batch['mask'] > 0
         # A masked row is all zeros; where() also keeps a non-finite loss of such a row out of the sum.
-        loss = jnp.where(counted, losses.cross_entropy(logits, label), 0.0)
+        loss = losses.cross_entropy(logits, label) if label.ndim == 1 else losses.set_loss(logits, label)
+        if label.ndim == 2:  # any class of the set will do: the one that the model thinks most of decides
+            label = losses.best_of_set(logits, label)
+        loss = jnp.where(counted, loss, 0.0)
         sums = {
             'loss': loss.sum(),
             'top1': (losses.hits(logits, label, 1) & counted).sum(dtype=jnp.float32),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import input_pipeline
 from efficientnet.loop.assemble import Parts
 from efficientnet.loop.evaluation import make_evaluate, make_gather
 from efficientnet.numerics import random_keys
@@ -71,7 +72,7 @@ def compile_update(parts: Parts) -> Callable[[TrainState, Tree, jax.Array], tupl
         optimizer, key = parts.make_optimizer(state.seed), random_keys.purpose_key(state.seed, 'samples')
         return make_update(parts.model, optimizer, parts.packings, layout, parts.rule, key)(state, batch, stop)
 
-    state, batch = _on_device(parts.state_shapes()), _batch(parts, -(-layout.rows // layout.stages))
+    state, batch = _on_device(parts.state_shapes()), _batch(parts, -(-layout.rows // layout.stages), parts.train_source)
     return parts.grid.compile(update, state, batch, FLAG, donate_argnums=0, out_axes=(0, None))
 
 
@@ -82,7 +83,7 @@ def compile_gather(parts: Parts, dtype: jax.typing.DTypeLike) -> Callable[[Tree]
 
 def compile_evaluate(parts: Parts) -> Callable[[Tree, Tree, jax.Array], Tree]:
     """Compiles the evaluation of a batch."""
-    stages, batch = parts.grid.layout.stages, _batch(parts, parts.config.evaluation.batch)
+    stages, batch = parts.grid.layout.stages, _batch(parts, parts.config.evaluation.batch, parts.test_source)
     variables = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((stages, *leaf.shape), leaf.dtype),
         _variables(parts, parts.rule.policy.compute),
@@ -105,10 +106,11 @@ def _variables(parts: Parts, dtype: jax.typing.DTypeLike) -> Tree:
     }
 
 
-def _batch(parts: Parts, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(parts: Parts, rows: int, source: input_pipeline.Source) -> dict[str, jax.ShapeDtypeStruct]:
     size = parts.config.image_size
+    sets = len(source.classes) if source.label_sets else 0
     return {
         'image': jax.ShapeDtypeStruct((rows, size, size, 3), np.uint8),
-        'label': jax.ShapeDtypeStruct((rows,), np.int32),
+        'label': jax.ShapeDtypeStruct(*((rows, sets), np.uint8) if sets else ((rows,), np.int32)),
         'mask': jax.ShapeDtypeStruct((rows,), np.float32),
     }

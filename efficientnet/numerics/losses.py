@@ -1,4 +1,4 @@
-"""Cross entropy with label smoothing, of one label or of several with weights, and hits among the k best classes.
+"""Cross entropy with label smoothing, of one label, of several with weights or of any of a set; hits among the k best.
 
 All in fp32.
 """
@@ -45,6 +45,35 @@ def cross_entropy(
         smoothing *= (classes - 1) / classes  # the rest of ε goes to the label itself
     off = smoothing / max(classes - 1, 1)
     return -((1.0 - smoothing - off) * hit + off * log_p.sum(-1))
+
+
+def set_loss(logits: jax.Array, sets: jax.Array) -> jax.Array:
+    """−log of the probability that a class drawn by the model is in the example's set.
+
+    Of a set of one class that is the cross entropy; of an empty set it is infinite.
+
+    Args:
+        logits: [N, classes] fp32.
+        sets: [N, classes], not 0 for the classes of the set.
+
+    Returns:
+        [N] fp32, in nats.
+    """
+    inside = jnp.where(sets > 0, logits, -jnp.inf)
+    return jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(inside, axis=-1)
+
+
+def best_of_set(logits: jax.Array, sets: jax.Array) -> jax.Array:
+    """The class of each set with the largest logit: a set is among the k best classes exactly when this one is.
+
+    Args:
+        logits: [N, classes], none of them -inf.
+        sets: [N, classes], not 0 for the classes of the set.
+
+    Returns:
+        [N] int32, the first of equal ones; of no meaning for an empty set.
+    """
+    return jnp.where(sets > 0, logits, -jnp.inf).argmax(-1).astype(jnp.int32)
 
 
 def hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:

@@ -266,7 +266,8 @@ def test_words_in_any_order():
 class ImageNet:
     """A data set of ImageNet's size without any images."""
 
-    name, classes, num_examples, image_shape = 'imagenet', tuple(map(str, range(1000))), EXAMPLES, None
+    name, num_examples, image_shape, label_sets = 'imagenet', EXAMPLES, None, False
+    classes = tuple(map(str, range(1000)))
 
 
 class Devices:

@@ -9,7 +9,7 @@ import pytest
 
 from input_pipeline import DataError, evaluation_batches, open_source, order, train_batches
 from input_pipeline.quiet_tf import tf
-from input_pipeline.sources import UNLABELLED, WHOLE_IMAGE, ArraySource, CachedSource, Examples
+from input_pipeline.sources import WHOLE_IMAGE, ArraySource, CachedSource, Examples
 
 
 def numbered(n, side=6, classes=256):
@@ -299,18 +299,20 @@ def test_a_huge_and_a_very_long_photograph(tmp_path, crop):
 
 def test_an_example_without_a_label_is_seen_but_not_counted(caplog):
     class Unlabelled:
-        """Four images, the third of no class."""
+        """Four images, the second of both classes and the third of none."""
 
-        name, classes, num_examples, image_shape = 'four', ('a', 'b'), 4, (2, 2, 3)
+        name, classes, num_examples, image_shape, label_sets = 'four', ('a', 'b'), 4, (2, 2, 3), True
 
         def read(self, indices):
-            labels = np.array([0, 1, UNLABELLED, 1], np.int32)[indices]
+            labels = np.array([[1, 0], [1, 1], [0, 0], [0, 1]], np.uint8)[indices]
             return Examples(np.full((len(indices), 2, 2, 3), 7, np.uint8), labels, [WHOLE_IMAGE] * len(indices))
 
-    (batch,) = evaluation_batches(Unlabelled(), image_size=2, batch=4)
-    assert batch['mask'].tolist() == [1, 1, 0, 1]
-    assert batch['label'].tolist() == [0, 1, 0, 1]
+    (batch,) = evaluation_batches(Unlabelled(), image_size=2, batch=6)
+    assert batch['mask'].tolist() == [1, 1, 0, 1, 0, 0]
+    assert batch['label'].tolist() == [[1, 0], [1, 1], [0, 0], [0, 1], [0, 0], [0, 0]]
     assert not caplog.records
+    with pytest.raises(DataError, match=r'four has sets of right classes.* can only be tested on'):
+        train_batches(Unlabelled(), image_size=2, global_batch=2, num_batches=1, seed=0)
 
 
 @pytest.mark.parametrize('crop', ['distorted', 'none'])

@@ -103,7 +103,7 @@ def test_labels_of_arrays_are_checked_at_once(label):
 class Counted:
     """A source of ten images of ten bytes that counts how often each is read; image 3 cannot be read."""
 
-    name, classes, num_examples, image_shape = 'counted', ('a',), 10, None
+    name, classes, num_examples, image_shape, label_sets = 'counted', ('a',), 10, None, False
 
     def __init__(self):
         self.reads = []

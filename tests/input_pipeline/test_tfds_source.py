@@ -9,7 +9,6 @@ import tensorflow_datasets as tfds
 
 from input_pipeline import DataError, evaluation_batches, open_source, records, tfds_source
 from input_pipeline.quiet_tf import tf
-from input_pipeline.sources import UNLABELLED
 
 
 def picture(i, shape):
@@ -85,18 +84,31 @@ def test_records_of_any_split_are_those_of_tfds_load(prepared, split):
 
 
 def test_reassessed_labels(prepared):
-    # As in imagenet2012_real: the original label where it is among the reassessed ones, else the first of these.
+    # As in imagenet2012_real: every class of real_label is right, and an image without any is not counted.
     source = open_source('tiny/real', 'test', prepared)
     examples = tfds.load('tiny/real', split='test', data_dir=prepared, shuffle_files=False)
     want = []
     for example in examples.as_numpy_iterator():
-        labels, original = example['real_label'].tolist(), int(example['original_label'])
-        want.append(UNLABELLED if not labels else original if original in labels else labels[0])
-    got = source.read(np.arange(20)).labels.tolist()
-    assert sorted(got) == sorted(want)
-    assert got.count(UNLABELLED) == 5
+        want.append(np.isin([0, 1, 2], example['real_label']).astype(int).tolist())
+    got = source.read(np.arange(20)).labels
+    assert got.dtype == np.uint8
+    assert sorted(got.tolist()) == sorted(want)
     (batch,) = evaluation_batches(source, image_size=8, batch=20)
+    np.testing.assert_array_equal(batch['label'], got)
+    assert batch['mask'].tolist() == got.any(axis=1).tolist()
     assert batch['mask'].sum() == 15
+
+
+def test_a_set_with_a_class_that_is_none_is_a_damaged_record(prepared, tmp_path):
+    def change(number, feature):
+        if number == 2:
+            feature['real_label'].int64_list.value[:] = [1, 3]
+
+    path = rewritten(prepared, tmp_path, change, 'real')
+    source = open_source('tiny/real', 'train', str(tmp_path))
+    damaged = {}
+    list(evaluation_batches(source, image_size=8, batch=20, damaged_limit=1, damaged=damaged))
+    assert damaged == {2: f'{path} record 2'}
 
 
 @pytest.mark.parametrize('name', ['tiny/fixed', 'tiny/grey'])
@@ -149,10 +161,10 @@ def test_what_is_missing_is_prepared(tmp_path):
     assert open_source('tiny/fixed', 'train', str(tmp_path)).num_examples == 20
 
 
-def rewritten(root, tmp_path, change):
-    """A copy of the prepared photos in which `change` has edited or replaced examples of the first file."""
+def rewritten(root, tmp_path, change, name='photos'):
+    """A copy of the prepared pictures in which `change` has edited or replaced examples of the first file."""
     shutil.copytree(os.path.join(root, 'tiny'), tmp_path / 'tiny')
-    path = min((tmp_path / 'tiny/photos/1.0.0').glob('*train*'))
+    path = min((tmp_path / f'tiny/{name}/1.0.0').glob('*train*'))
     records = list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
     with tf.io.TFRecordWriter(str(path)) as writer:
         for number, record in enumerate(records):
