@@ -6,8 +6,10 @@ interleaved. Reading by byte offset has neither trouble, and the files stay thos
 
 import concurrent.futures
 import difflib
+import logging
 import os
 import pathlib
+from unittest import mock
 
 import numpy as np
 
@@ -18,10 +20,15 @@ from input_pipeline.records import Keys, Part, RecordSource, open_records
 from input_pipeline.sources import ArraySource, Fields
 
 import tensorflow_datasets as tfds  # isort: skip  # after quiet_tf, which it would import unquietly
+from tensorflow_datasets.core.download import downloader  # isort: skip
+
+log = logging.getLogger(__name__)
 
 # What imagenet2012_real has in place of a label: people found every class that is on an image, or none. Any of them
 # is right, and images without any are left out (Beyer et al., arXiv 2006.07159, section 3).
 REAL = 'real_label'
+# Of a download that cannot start. Each waits twice as long as the one before: four are 3 seconds, TFDS' ten are 3:24.
+_RETRIES = 4
 _MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images
 _DECODE_CHUNK = 512  # images
 
@@ -74,15 +81,28 @@ def _prepared_builder(name: str, data_dir: str | None, fields: Fields) -> tfds.c
         raise DataError(f'{fields.dataset} = {name!r}: {_first_line(error)}') from error
     if builder.info.splits:
         return builder
+    folder = pathlib.Path(builder.data_dir).parents[builder.info.full_name.count('/')]  # without name/version
+    log.warning('%s is not prepared in %s: TFDS now downloads and prepares it', name, folder)
     try:
-        builder.download_and_prepare()
+        _prepare(builder)
     except Exception as error:  # whatever a download, a parser or a disk may raise
-        folder = pathlib.Path(builder.data_dir).parents[builder.info.full_name.count('/')]  # without name/version
         raise DataError(
             f'{fields.dataset} = {name!r} is not prepared in {fields.dir} = {folder} and preparing it failed'
             f' ({_first_line(error)}); try: tfds build {name} --data_dir={folder}'
         ) from error
     return builder
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Has TFDS prepare a data set, but give a download up within seconds and without a line for every retry."""
+    chatter = logging.getLogger('urllib3.connectionpool')
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
+    try:
+        with mock.patch.object(downloader, 'MAX_RETRIES', _RETRIES):  # TFDS has no option for it
+            builder.download_and_prepare()
+    finally:
+        chatter.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

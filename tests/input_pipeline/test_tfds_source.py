@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
 
 from input_pipeline import DataError, evaluation_batches, open_source, records, tfds_source
 from input_pipeline.quiet_tf import tf
@@ -41,7 +42,7 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         if self.builder_config.name == 'offline':
-            raise ConnectionError('no route to host\nand more')
+            raise ConnectionError(f'no route to host in {downloader.MAX_RETRIES} retries\nand more')
         return {'train': self._generate_examples(0), 'test': self._generate_examples(100)}
 
     def _generate_examples(self, first):
@@ -147,14 +148,18 @@ def test_what_cannot_be_used_is_said_in_one_line(prepared, name, split, message)
     assert '\n' not in str(caught.value)
 
 
-def test_what_cannot_be_prepared_says_how(tmp_path):
+def test_what_cannot_be_prepared_says_how(tmp_path, caplog):
     message = (
         f"dataset = 'tiny/offline' is not prepared in input.dir = {tmp_path} and preparing it failed"
-        f' (no route to host); try: tfds build tiny/offline --data_dir={tmp_path}'
+        f' (no route to host in 4 retries); try: tfds build tiny/offline --data_dir={tmp_path}'
     )
     with pytest.raises(DataError) as caught:
         open_source('tiny/offline', 'train', str(tmp_path))
     assert str(caught.value) == message
+    assert [record.getMessage() for record in caplog.records if record.name.startswith('input_pipeline')] == [
+        f'tiny/offline is not prepared in {tmp_path}: TFDS now downloads and prepares it'
+    ]
+    assert downloader.MAX_RETRIES > 4
 
 
 def test_what_is_missing_is_prepared(tmp_path):
