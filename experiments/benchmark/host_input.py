@@ -13,6 +13,8 @@ scikit-learn's two sample photographs at the size of ImageNet's, 500 × 375 pixe
 The overlap: a consumer that takes as long for a batch as the pipeline does, so that without overlap the two take
 twice as long together as either. It is measured with a consumer that sleeps, as one whose work is on an accelerator
 does, through the copies to the device that training makes.
+
+--resume_cost measures something else: what a run pays for going on in the middle of an epoch of ImageNet.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from efficientnet.errors import ConfigError
+from experiments.benchmark import resume
 from experiments.benchmark.setup import progress, start_jax, table
 
 TARGETS = {'tf_data': 1.3, 'torch': 3.0}
@@ -43,6 +46,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch', type=int, default=64, help='photographs a batch (%(default)s)')
     parser.add_argument('--batches', type=int, default=30, help='batches a round (%(default)s)')
     parser.add_argument('--rounds', type=int, default=5, help='rounds of every pipeline (%(default)s)')
+    parser.add_argument(
+        '--resume_cost',
+        action='store_true',
+        help="measure instead what going on in the middle of an epoch costs at ImageNet's size",
+    )
+    parser.add_argument(
+        '--records', type=int, default=resume.RECORDS, help='of the data set of --resume_cost (%(default)s)'
+    )
     parser.add_argument('--json', action='store_true', help='print one JSON object instead of text')
 
 
@@ -52,9 +63,11 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: A flag is out of range.
     """
-    for name in ('image_size', 'batch', 'batches', 'rounds'):
+    for name in ('image_size', 'batch', 'batches', 'rounds', 'records'):
         if args[name] < 1:
             raise ConfigError(f'--{name}={args[name]} must be at least 1')
+    if args['resume_cost']:
+        return resume.run(args)
     with tempfile.TemporaryDirectory() as scratch:
         tree = lay_out(args['photos'], pathlib.Path(scratch))
         start_jax(1)
@@ -262,6 +275,8 @@ def summary(
 
 def show(result: Mapping[str, Any]) -> str:
     """Returns the table and what became of the targets."""
+    if result['flags']['resume_cost']:
+        return resume.show(result)
     flags = result['flags']
     rows = [('images/s', 'median', 'slowest', 'fastest', 'a core', 'ours ÷ it', 'target')]
     for name, speed in result['images_per_second'].items():

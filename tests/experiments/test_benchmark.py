@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import input_pipeline
 from efficientnet.errors import ConfigError
 from efficientnet.model.scaling import model_spec
 from efficientnet.parallel.pipeline import timetable
 from experiments.benchmark import __main__ as command
-from experiments.benchmark import host_input, memory, pipeline, setup, sides, train_step
+from experiments.benchmark import host_input, memory, pipeline, resume, setup, sides, train_step
 from experiments.benchmark.pipeline import Sample, Work, ideal_parts, walk, work
 
 TINY = ('--model=b0', '--width=0.25', '--depth=0.1', '--image_size=32', '--micro_batch=2', '--accumulation=2')
@@ -155,6 +156,7 @@ def test_layers_are_those_of_the_blocks_once():
         (['pipeline', '--stages=1'], '--stages=1 must be at least 2; one stage is measured beside them'),
         (['pipeline', '--rounds=0'], '--rounds=0 must be at least 1'),
         (['input', '--batch=0'], '--batch=0 must be at least 1'),
+        (['input', '--resume_cost', '--records=0'], '--records=0 must be at least 1'),
         (['input', '--photos=/nowhere'], "--photos='/nowhere' holds no *.jpg"),
         (['memory', '--image_size=0'], '--image_size=0 must be at least 1'),
         (['memory', '--stages=1,x'], "--stages='1,x' must be whole numbers above 0 with commas between them"),
@@ -263,6 +265,23 @@ def test_tiny_pipeline():
     assert found['ideal'] > 0
     assert all(low <= found['seconds'][name] <= high for name, (low, high) in found['range'].items())
     assert found['one_stage_to_plain'] < 3
+
+
+@pytest.mark.slow
+def test_tiny_resume():
+    found = json.loads(run('input', '--resume_cost', '--records=2050', '--image_size=8', '--batch=4', '--json'))
+    assert (found['records'], found['files']) == (2050, 1024)
+    assert set(found['seconds']) == set(resume.ROWS)
+    assert min(found['seconds'].values()) > 0
+
+
+def test_made_up_shards_are_read_as_they_were_meant(tmp_path):
+    resume.make_shards(tmp_path / 'shards', 2050)
+    source = input_pipeline.open_source('imagenet_tfrecords', 'train', str(tmp_path / 'shards'))
+    assert source.num_examples == 2050
+    (batch,) = input_pipeline.train_batches(source, image_size=2, global_batch=2050, num_batches=1, seed=0)
+    assert batch['mask'].all()
+    np.testing.assert_array_equal(batch['image'], np.full((2050, 2, 2, 3), 99))
 
 
 @pytest.mark.slow
