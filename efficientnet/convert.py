@@ -13,13 +13,17 @@ of pixels) is looked up by the architecture's name; any field may be set over it
 import json
 import pathlib
 
+import flax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import base
 from efficientnet.errors import ConfigError, RunError, leave
 from efficientnet.loop.settings import CHECKPOINTS, CONFIG, flatten
+from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.weights import architectures, naming, state_dicts
 from efficientnet.weights.class_names import imagenet
 from efficientnet.weights.dataset_facts import DatasetFacts
@@ -64,8 +68,25 @@ def convert(
         trained = _from_card(found, source, kind, overrides or {})
     else:
         trained = _from_foreign(found, source, architecture, classes, overrides or {})
+    _check_numbers(trained, source)
     write_run(dest, trained)
     return trained
+
+
+def _check_numbers(trained: Trained, source: pathlib.Path) -> None:
+    """Raises ConfigError, naming the first, if weights are no finite floats, or not in the run's master format."""
+    formats = {
+        'params': np.dtype(policy_of(trained.config.precision.policy).master),
+        'batch_stats': np.dtype('float32'),
+    }
+    for name, leaf in flax.traverse_util.flatten_dict(trained.variables, sep='.').items():
+        kind = formats[name.split('.')[0]]
+        with np.errstate(over='ignore', invalid='ignore'):  # found below
+            stored = leaf.astype(kind).astype(np.float32)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ConfigError(f'{source}: {name} is {leaf.dtype}, not a float format')
+        if not np.isfinite(stored).all():
+            raise ConfigError(f'{source}: {name} has numbers that are not finite in {kind}, in which it is stored')
 
 
 def _from_card(found: state_dicts.StateDict, source: pathlib.Path, kind: str, overrides: dict[str, object]) -> Trained:

@@ -80,8 +80,9 @@ class Classifier:
         Raises:
             DataError: An image cannot be read or is of another kind.
         """
-        if isinstance(images, str | pathlib.Path) or getattr(images, 'ndim', 4) != 4:
-            raise DataError('images must be a list of paths or arrays, or one array [N, H, W, 3]')
+        array = isinstance(images, np.ndarray) and images.ndim == 4
+        if not (array or isinstance(images, list | tuple)):
+            raise DataError('images must be a list of paths or arrays, or one numpy array, uint8 [N, H, W, 3]')
 
         def refuse(_: Image, error: DataError) -> None:
             raise error

@@ -49,6 +49,8 @@ def make_view(
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise DataError(f'an image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}')
             return see(tf.constant(image)).numpy()
+        if not isinstance(image, str | pathlib.Path):
+            raise DataError(f'an image must be a path or a numpy array, uint8 [H, W, 3], got {type(image).__name__}')
         try:
             return see(decode(tf.constant(pathlib.Path(image).read_bytes()))).numpy()
         except OSError as error:

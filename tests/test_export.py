@@ -11,7 +11,16 @@ import safetensors.numpy
 
 from efficientnet.convert import convert
 from efficientnet.errors import ConfigError
-from efficientnet.export import export, fold_batch_norm, in_policy, model_card, program, to_onnx, to_stablehlo
+from efficientnet.export import (
+    export,
+    fold_batch_norm,
+    in_policy,
+    model_card,
+    program,
+    to_onnx,
+    to_safetensors,
+    to_stablehlo,
+)
 from efficientnet.predict import make_probabilities
 from efficientnet.weights.trained import read_run, write_run
 from tests.tiny import tiny_trained
@@ -118,3 +127,20 @@ def test_policies():
     with pytest.raises(ConfigError, match='too large for float16'):
         in_policy(trained, '16.16')
     in_policy(trained, 'bf16.16')
+
+
+def test_numbers_that_a_run_cannot_hold_are_refused(tmp_path):
+    trained = tiny_trained()
+    kernel = trained.variables['params']['head']['classifier']['kernel']
+    for value, dtype, policy, words in (
+        (np.nan, np.float32, '32.32', 'head.classifier.kernel has numbers that are not finite in float32'),
+        (1e30, np.float32, '16.16', 'head.classifier.kernel has numbers that are not finite in float16'),
+        (1, np.int32, '32.32', 'head.classifier.kernel is int32, not a float format'),
+    ):
+        head = trained.variables['params']['head'] | {'classifier': {'kernel': np.full(kernel.shape, value, dtype)}}
+        head['classifier']['bias'] = trained.variables['params']['head']['classifier']['bias']
+        wrong = trained._replace(variables=trained.variables | {'params': trained.variables['params'] | {'head': head}})
+        (tmp_path / 'wrong.safetensors').write_bytes(to_safetensors(wrong, model_card(wrong)))
+        with pytest.raises(ConfigError, match=words):
+            convert(tmp_path / 'wrong.safetensors', tmp_path / 'run', overrides={'precision.policy': policy})
+        assert [path.name for path in tmp_path.iterdir()] == ['wrong.safetensors']

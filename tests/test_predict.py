@@ -87,7 +87,9 @@ def test_arrays_and_files_and_batches_agree(model, source, files):
         assert one == other
     with pytest.raises(DataError, match=r'half\.png'):
         model.classify([files / 'half.png'])
-    for wrong in (source.images[0], 'one.png', [source.images[0].astype(np.float32)], [source.images[0][..., 0]]):
+    picture = source.images[0]
+    lists = [[picture.astype(np.float32)], [picture[..., 0]], [Image.fromarray(picture)], [None]]
+    for wrong in (picture, 'one.png', None, (path for path in paths), *lists):
         with pytest.raises(DataError, match=r'uint8|list of'):
             model.classify(wrong)
 
