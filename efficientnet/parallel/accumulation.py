@@ -1,11 +1,11 @@
 """Gradients of a replica's micro-batches, added up over its pipeline stages: the loop inside a weight update.
 
-Every device runs the same loop over the ticks of a timetable (pipeline.py) and, in it, its own stage's branch. What
+Every device runs the same loop over the ticks of a timetable (pipeline.py) and, in it, its own stage's part. What
 goes from stage to stage is one flat array each way and tick, activations forward and their gradients backward,
 padded to the widest boundary because all devices of a permutation exchange equal shapes. Between a micro-batch's
-forward and backward a stage keeps its input, or under recompute='none' all that the backward needs, in a stash of
-the same kind. The last stage goes forward and backward at once and keeps nothing. With one stage there is nothing
-to choose, hand over or keep, and the loop is the usual one over micro-batches.
+forward and backward a stage keeps its input, or under recompute='none' all that the backward needs, in a stash as
+large as the largest stage's. The last stage goes forward and backward at once and keeps nothing. With one stage there
+is nothing to choose, hand over or keep, and the loop is the usual one over micro-batches.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from efficientnet.model.scaling import boundary_shape
 from efficientnet.numerics import augment, freezing, losses, random_keys
 from efficientnet.parallel.layout import AXIS, Layout
 from efficientnet.parallel.packing import Packings, own_stage
-from efficientnet.parallel.pipeline import NONE, timetable
-from efficientnet.parallel.residuals import Residuals
+from efficientnet.parallel.pipeline import NONE, Timetable, timetable
+from efficientnet.parallel.residuals import Residuals, largest
 from efficientnet.parallel.stages import stage_blocks
 from efficientnet.parallel.train_state import TrainState, UpdateRule
 
@@ -163,11 +163,10 @@ def _run_loop(stages: list[Stage], packings: Packings, rows: Tree, micros: Micro
 
     def step(sums: Tree, micro: Micro) -> tuple[Tree, None]:
         loss, pull, found = stages[0].vjp(variables, None, micro, scale)
-        (grads,) = pull(jnp.ones_like(loss))
-        found['grads'] = grads
-        return _add(sums, _packed(packings, 0, found)), None
+        (found['grads'],) = pull(jnp.ones_like(loss))
+        return _add(packings, 0, sums, found), None
 
-    sums, _ = jax.lax.scan(step, _packed(packings, 0, {}), micros)
+    sums, _ = jax.lax.scan(step, _no_sums(packings), micros)
     return sums
 
 
@@ -176,41 +175,36 @@ def _run_pipeline(
 ) -> Tree:
     """All stages, each on its own device, tick by tick."""
     table = timetable(layout.schedule, layout.stages, layout.accumulation)
-    branches = Branches(stages, packings, rows, micros, scale, keeps_all=layout.recompute == 'none')
-    depth = table.stash_depth(first=branches.keeps_all)
+    work = Work(stages, packings, rows, micros, scale, keeps_all=layout.recompute == 'none', table=table)
     onward = [pair for group in layout.replica_groups for pair in itertools.pairwise(group)]
     back = [(after, before) for before, after in onward]
     stage = own_stage(len(stages))
 
-    def tick(carry: tuple, times: tuple) -> tuple[tuple, None]:
-        x, dy, stash, sums = carry
-        forward, backward = (row[stage] for row in times)
-        kept = stash[backward % depth] if depth else stash
-        sent, sent_back, keep, found = jax.lax.switch(stage, branches.all, x, dy, kept, forward, backward)
-        if depth:
-            place = forward % depth
-            stash = stash.at[place].set(jnp.where(forward != NONE, keep, stash[place]))
-        x, dy = jax.lax.ppermute(sent, AXIS, onward), jax.lax.ppermute(sent_back, AXIS, back)
-        return (x, dy, stash, _add(sums, found)), None
+    def tick(state: InFlight, times: tuple) -> tuple[InFlight, None]:
+        for number in range(len(stages)):
+            state = work.do(number, state, *(jnp.where(stage == number, row[number], NONE) for row in times))
+        # A stage that rests sends on what it was sent; where nothing came from, the timetable takes nothing.
+        x, dy = jax.lax.ppermute(state.x, AXIS, onward), jax.lax.ppermute(state.dy, AXIS, back)
+        return state._replace(x=x, dy=dy), None
 
-    nothing = branches.nothing
-    stash = jnp.zeros((depth, *nothing.keep.shape), nothing.keep.dtype)
-    start = (nothing.activation, nothing.gradient, stash, nothing.sums)
-    (*_, sums), _ = jax.lax.scan(tick, start, tuple(table))
-    return sums
+    state, _ = jax.lax.scan(tick, work.start, tuple(table))
+    return state.sums
 
 
-class Done(NamedTuple):
-    """What a stage did in one tick; arrays of equal shapes on all stages."""
+class InFlight(NamedTuple):
+    """What goes through the ticks; arrays of equal shapes on all stages."""
 
-    activation: jax.Array  # [width], for the stage after
-    gradient: jax.Array  # [width], for the stage before
-    keep: jax.Array  # [kept], for its own backward
+    x: jax.Array  # [width], the activation from the stage before, then that for the stage after
+    dy: jax.Array  # [width], the gradient from the stage after, then that for the stage before
+    stash: Tree  # of [depth, …], for the stage's own backward
     sums: Tree  # as `make_accumulate` says
 
 
-class Branches:
-    """The work of every stage in one tick, each as a branch of the same switch.
+class Work:
+    """What the stages do in a tick, each as a loop of one round on its own device and of none on the others.
+
+    A loop changes in place what goes through it. Through a conditional, and a switch in the same way, XLA copies it
+    whole: the stash, which under recompute='none' is most of the memory, was there several times over.
 
     Args:
         stages: From first to last, at least two.
@@ -219,114 +213,127 @@ class Branches:
         micros: All micro-batches of the replica.
         scale: Of the loss.
         keeps_all: Whether a stage keeps what its backward needs, or its input, from which it computes that again.
+        table: Which stage works on which micro-batch when.
+
+    Attributes:
+        start: What goes into the first tick.
     """
 
     def __init__(
-        self, stages: list[Stage], packings: Packings, rows: Tree, micros: Micro, scale: jax.Array, *, keeps_all: bool
+        self,
+        stages: list[Stage],
+        packings: Packings,
+        rows: Tree,
+        micros: Micro,
+        scale: jax.Array,
+        *,
+        keeps_all: bool,
+        table: Timetable,
     ) -> None:
-        self._stages, self._packings, self._rows, self._micros, self._scale = stages, packings, rows, micros, scale
-        self.keeps_all = keeps_all
+        self._stages, self._packings, self._given = stages, packings, (rows, micros, scale)
+        self._keeps_all = keeps_all
         spec, (_, size, images, *_) = stages[0].model.spec, micros.image.shape
         self._shapes = [(size, *boundary_shape(spec, stage.model.blocks[0], images)) for stage in stages]
-        self._residuals = []
-        dtype = rows['params'].dtype
-        width = max(map(math.prod, self._shapes[1:]))
-        keep = jnp.zeros(width if len(stages) > 2 else 0, dtype)
-        if keeps_all:
-            self._residuals = [self._trace_residuals(number) for number in range(len(stages) - 1)]
-            keep = jnp.zeros(max(residuals.size for residuals in self._residuals), jnp.uint8)
-        wire = jnp.zeros(width, dtype)
-        self.nothing = Done(wire, wire, keep, _packed(packings, 0, {}))
-        self.all = [functools.partial(self._run, number) for number in range(len(stages))]
+        self._depth = table.stash_depth(first=keeps_all)
+        self._residuals = [self._trace_residuals(number) for number in range(len(stages) - 1)] if keeps_all else []
+        wire = jnp.zeros(max(map(math.prod, self._shapes[1:])), rows['params'].dtype)
+        widths = largest(self._residuals) if keeps_all else {str(wire.dtype): wire.size}
+        stash = {name: jnp.zeros((self._depth, size), name) for name, size in widths.items()}
+        self.start = InFlight(wire, wire, stash, _no_sums(packings))
 
-    def _run(
-        self, number: int, x: jax.Array, dy: jax.Array, kept: jax.Array, forward: jax.Array, backward: jax.Array
-    ) -> Done:
-        """One stage's tick: first backward, then forward, each if there is a micro-batch for it."""
-        nothing = self.nothing
+    def do(self, number: int, state: InFlight, forward: jax.Array, backward: jax.Array) -> InFlight:
+        """Does one stage's tick: first backward, then forward, each if there is a micro-batch for it, else nothing.
+
+        Backward comes first, for forward takes the place in the stash that it is done with.
+        """
         if self._stages[number].last:
-            return jax.lax.cond(forward != NONE, lambda: self._both(number, x, forward), lambda: nothing)
-        gradient, grads = jax.lax.cond(
-            backward != NONE,
-            lambda: self._backward(number, kept, dy, backward),
-            lambda: (nothing.gradient, nothing.sums['grads']),
-        )
-        activation, keep, batch_stats = jax.lax.cond(
-            forward != NONE,
-            lambda: self._forward(number, x, forward),
-            lambda: (nothing.activation, nothing.keep, nothing.sums['batch_stats']),
-        )
-        return Done(activation, gradient, keep, nothing.sums | {'grads': grads, 'batch_stats': batch_stats})
+            return self._once(forward, functools.partial(self._both, number), state)
+        state = self._once(backward, functools.partial(self._backward, number), state)
+        return self._once(forward, functools.partial(self._forward, number), state)
 
-    def _both(self, number: int, x: jax.Array, index: jax.Array) -> Done:
+    def _once(self, index: jax.Array, work: Callable, state: InFlight) -> InFlight:
+        def round_(index: jax.Array, state: InFlight) -> InFlight:
+            # What does not depend on the round, XLA would compute before the loop, whether there is a round or not.
+            index, given, x, dy = jax.lax.optimization_barrier((index, self._given, state.x, state.dy))
+            return work(index, given, state._replace(x=x, dy=dy))
+
+        return jax.lax.fori_loop(index, jnp.where(index == NONE, NONE, index + 1), round_, state)
+
+    def _both(self, number: int, index: jax.Array, given: tuple, state: InFlight) -> InFlight:
         """The last stage on one micro-batch, there and back."""
-        loss, pull, found = self._vjp(number, x, index)
+        loss, pull, found = self._vjp(number, index, given, state.x)
         found['grads'], dx = pull(jnp.ones_like(loss))
-        sums = _packed(self._packings, number, found)
-        return self.nothing._replace(gradient=self._flat(dx), sums=sums)
+        return state._replace(dy=self._flat(dx, state), sums=_add(self._packings, number, state.sums, found))
 
-    def _forward(self, number: int, x: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """An earlier stage forward: activation, what it keeps, packed batch statistics."""
-        y, pull, found = self._vjp(number, x, index)
-        keep = x[: self.nothing.keep.size]
-        if self.keeps_all:
-            keep = _pad(self._residuals[number].pack(pull), self.nothing.keep.size)
-        return self._flat(y), keep, _packed(self._packings, number, found)['batch_stats']
+    def _forward(self, number: int, index: jax.Array, given: tuple, state: InFlight) -> InFlight:
+        """An earlier stage forward."""
+        y, pull, found = self._vjp(number, index, given, state.x)
+        stash = state.stash
+        if self._keeps_all:
+            stash = self._residuals[number].put(pull, stash, index % self._depth)
+        elif not self._stages[number].first:
+            stash = {name: rows.at[index % self._depth].set(state.x) for name, rows in stash.items()}
+        sums = _add(self._packings, number, state.sums, found)
+        return state._replace(x=self._flat(y, state), stash=stash, sums=sums)
 
-    def _backward(self, number: int, kept: jax.Array, dy: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """An earlier stage backward: gradient for the stage before, packed gradients."""
-        if self.keeps_all:
-            pull = self._residuals[number].unpack(kept, self._variables(number)['params'])
+    def _backward(self, number: int, index: jax.Array, given: tuple, state: InFlight) -> InFlight:
+        """An earlier stage backward."""
+        if self._keeps_all:
+            params = self._packings.unpack_stage(number, given[0])['params']
+            pull = self._residuals[number].take(state.stash, index % self._depth, params)
         else:
-            _, pull, _ = self._vjp(number, kept, index)
-        grads, *dx = pull(self._unflat(dy, number + 1))
-        packed = _packed(self._packings, number, {'grads': grads})['grads']
-        return self._flat(dx[0]) if dx else self.nothing.gradient, packed
+            kept = None if self._stages[number].first else next(iter(state.stash.values()))[index % self._depth]
+            _, pull, _ = self._vjp(number, index, given, kept)
+        grads, *dx = pull(self._unflat(state.dy, number + 1))
+        state = state._replace(sums=_add(self._packings, number, state.sums, {'grads': grads}))
+        return state._replace(dy=self._flat(dx[0], state)) if dx else state
 
-    def _vjp(self, number: int, x: jax.Array, index: jax.Array) -> tuple:
-        stage, micro = self._stages[number], jax.tree.map(lambda rows: rows[index], self._micros)
-        return stage.vjp(self._variables(number), None if stage.first else self._unflat(x, number), micro, self._scale)
+    def _vjp(self, number: int, index: jax.Array, given: tuple, x: jax.Array | None) -> tuple:
+        stage, (rows, micros, scale) = self._stages[number], given
+        micro, variables = jax.tree.map(lambda leaf: leaf[index], micros), self._packings.unpack_stage(number, rows)
+        return stage.vjp(variables, None if stage.first else self._unflat(x, number), micro, scale)
 
-    def _variables(self, number: int) -> Tree:
-        return self._packings.unpack_stage(number, self._rows)
-
-    def _flat(self, x: jax.Array) -> jax.Array:
-        return _pad(x.reshape(-1), self.nothing.activation.size)
+    def _flat(self, x: jax.Array, state: InFlight) -> jax.Array:
+        x = x.reshape(-1)
+        return jnp.pad(x, (0, state.x.size - x.size))
 
     def _unflat(self, x: jax.Array, number: int) -> jax.Array:
         """The activation that enters a stage."""
         shape = self._shapes[number]
         return x[: math.prod(shape)].reshape(shape)
 
-    def _trace_residuals(self, number: int) -> 'Residuals':
+    def _trace_residuals(self, number: int) -> Residuals:
         found = {}
 
         def probe(x: jax.Array) -> jax.Array:
-            variables = self._variables(number)
-            _, pull, _ = self._stages[number].vjp(variables, x, jax.tree.map(lambda r: r[0], self._micros), self._scale)
+            rows, micros, scale = self._given
+            variables = self._packings.unpack_stage(number, rows)
+            _, pull, _ = self._stages[number].vjp(variables, x, jax.tree.map(lambda leaf: leaf[0], micros), scale)
             found['residuals'] = Residuals(pull, variables['params'])
             return x
 
-        jax.eval_shape(probe, jax.ShapeDtypeStruct(self._shapes[number], self._rows['params'].dtype))
+        jax.eval_shape(probe, jax.ShapeDtypeStruct(self._shapes[number], self._given[0]['params'].dtype))
         return found['residuals']
 
 
-def _pad(x: jax.Array, size: int) -> jax.Array:
-    return jnp.pad(x, (0, size - x.size))
+def _no_sums(packings: Packings) -> Tree:
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    return {
+        'grads': zeros(packings.params.shape),
+        'batch_stats': zeros(packings.batch_stats.shape),
+        'metrics': dict.fromkeys(METRICS, zeros(())),
+    }
 
 
-def _packed(packings: Packings, stage: int, found: Tree) -> Tree:
-    """What one stage found, packed, and zeros for what it did not find."""
-    zero, sums = jnp.zeros((), jnp.float32), {}
+def _add(packings: Packings, stage: int, sums: Tree, found: Tree) -> Tree:
+    """Adds what one stage found in a micro-batch, plain trees, to packed sums."""
+    sums = dict(sums)
     for name, packing in (('grads', packings.params), ('batch_stats', packings.batch_stats)):
-        own = packing.parts[stage]
-        rows = own.pack(found[name], jnp.float32) if name in found else jnp.zeros(own.shape, jnp.float32)
-        sums[name] = packing.pad(rows)
-    return sums | {'metrics': found.get('metrics', dict.fromkeys(METRICS, zero))}
-
-
-def _add(sums: Tree, found: Tree) -> Tree:
-    return jax.tree.map(jnp.add, sums, found)
+        if name in found:
+            sums[name] = packing.parts[stage].add(sums[name], found[name])
+    if 'metrics' in found:
+        sums['metrics'] = jax.tree.map(jnp.add, sums['metrics'], found['metrics'])
+    return sums
 
 
 def _gather_rows(batch: Batch, layout: Layout) -> Batch:

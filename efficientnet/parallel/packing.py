@@ -68,20 +68,28 @@ class Packing:
         return self.structure.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in self.shapes])
 
     def pack(self, tree: Tree, dtype: jax.typing.DTypeLike) -> jax.Array | np.ndarray:
-        """Lays the arrays of a tree of this structure out in rows, [rows, ROW] in `dtype`; of numpy, in numpy.
-
-        None in the place of an array stands for zeros.
-        """
+        """Lays the arrays of a tree of this structure out in rows, [rows, ROW] in `dtype`; of numpy, in numpy."""
         leaves = self.structure.flatten_up_to(tree)
         xp = np if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp
         rows = [xp.zeros((0, ROW), dtype)]
         for leaf, count in zip(leaves, self.counts, strict=True):
-            if leaf is None:
-                rows.append(xp.zeros((count, ROW), dtype))
-                continue
             flat = leaf.ravel().astype(dtype)
             rows.append(xp.pad(flat, (0, count * ROW - flat.size)).reshape(count, ROW))
         return xp.concatenate(rows)
+
+    def add(self, rows: jax.Array, tree: Tree) -> jax.Array:
+        """Returns packed rows, these or more, with the arrays of a tree of this structure added; None adds nothing.
+
+        Each is added where it lies. To pack them first would take memory and time for all of them once more.
+        """
+        start = 0
+        for leaf, count in zip(self.structure.flatten_up_to(tree), self.counts, strict=True):
+            if leaf is not None:
+                flat = leaf.ravel().astype(rows.dtype)
+                more = jnp.pad(flat, (0, count * ROW - flat.size)).reshape(count, ROW)
+                rows = jax.lax.dynamic_update_slice_in_dim(rows, rows[start : start + count] + more, start, 0)
+            start += count
+        return rows
 
     def unpack(self, rows: jax.Array | np.ndarray) -> Tree:
         """Returns the tree that was packed, in the dtype of `rows`; numpy rows give numpy arrays."""

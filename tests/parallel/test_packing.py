@@ -21,6 +21,17 @@ def test_round_trip_on_device_and_host():
     assert isinstance(jax.tree.leaves(packing.unpack(np.asarray(rows)))[0], np.ndarray)
 
 
+def test_adding_is_packing_and_adding():
+    packing = make_packing(tree())
+    (rows,), (part,) = packing.pack(tree(), np.float32), packing.parts
+    more = jax.tree.map(lambda leaf: np.float16(-3 * leaf), tree())
+    below = np.ones((2, ROW), np.float32)  # other stages have more rows
+    found = part.add(jnp.concatenate([rows, below]), more)
+    np.testing.assert_array_equal(found, np.concatenate([rows + part.pack(more, np.float32), below]))
+    more['a']['kernel'] = None
+    np.testing.assert_array_equal(part.add(jnp.asarray(rows), more)[1:4], rows[1:4])
+
+
 def test_padding_is_zero_and_nothing_is_lost():
     rows = np.asarray(make_packing(tree()).pack(tree(), jnp.float32))
     leaves = jax.tree.leaves(tree())
