@@ -82,10 +82,16 @@ def _stages(parts: Parts) -> list[str]:
         return []
     blocks = ' | '.join(f'{names[0]} … {names[-1]}' for names in stage_blocks(parts.model.spec, layout.splits))
     ticks = len(timetable(layout.schedule, layout.stages, layout.accumulation).forward)
-    return [
+    lines = [
         f'stages   {blocks}; {layout.schedule} schedule, {layout.accumulation} micro-batches in {ticks} ticks, '
         f'recompute {layout.recompute}'
     ]
+    if layout.schedule == 'grouped' and 2 * layout.accumulation < ticks:
+        lines.append(
+            f'hint     the pipeline rests more than it works, {ticks - layout.accumulation} of {ticks} ticks; raise '
+            f'global_batch, or lower micro_batch or replicas, for an accumulation count of {2 * (layout.stages - 1)}'
+        )
+    return lines
 
 
 class Clock:

@@ -1,9 +1,38 @@
 import csv
 import json
+import re
 
 import pytest
 
-from efficientnet.loop.reporting import COLUMNS, Clock, Report, duration, evaluation_text, write_json
+from efficientnet.loop.reporting import COLUMNS, Clock, Report, describe, duration, evaluation_text, write_json
+from tests.tiny import tiny_parts
+
+
+@pytest.mark.parametrize(
+    ('stages', 'count', 'schedule', 'hint'),
+    [
+        (
+            3,
+            3,
+            'grouped',
+            'hint     the pipeline rests more than it works, 4 of 7 ticks; raise .* count of 4$',
+        ),
+        (3, 4, 'grouped', ''),
+        (
+            2,
+            1,
+            'grouped',
+            'hint     the pipeline rests more than it works, 2 of 3 ticks; raise .* count of 2$',
+        ),
+        (2, 2, 'grouped', ''),
+        (3, 3, 'sequential', ''),
+    ],
+)
+def test_a_pipeline_of_mostly_bubble_is_said(stages, count, schedule, hint):
+    splits = {2: 'block2a', 3: 'block1a,block2a'}[stages]
+    lines = describe(tiny_parts(splits=splits, micro_batch=2, global_batch=2 * count, pipeline=schedule))
+    (found,) = [line for line in lines if line.startswith('hint')] or ['']
+    assert re.match(hint, found) if hint else not found
 
 
 def report(path, step=0, clock=None):
