@@ -2,7 +2,7 @@
 
 Every layout's update is compiled for as many virtual CPU devices as it has stages, and never run. What XLA plans
 is of one device: all devices of a `pmap` run the same program, so the plan is that of the largest stage, and of
-every stage's branch at that. Temporaries are what the program needs besides its arguments (weights, optimizer
+the work of every stage at that. Temporaries are what the program needs besides its arguments (weights, optimizer
 state, the images of the device) and results; a state that is donated is counted once, among the arguments.
 
 The accumulation count is 8 by default because a pipeline of 4 stages keeps up to 6 micro-batches at once (2 ·
