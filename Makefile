@@ -27,10 +27,10 @@ train: setup  ## Trains on the embedded digits into runs/digits.
 	$(BIN)/python main.py --config=configs/digits.py --workdir=runs/digits
 
 test: setup lint  ## Lints, then runs the whole suite.
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
 test-slow: setup  ## Runs the tests that take minutes.
-	TEST_DEVICES=16 $(BIN)/python -m pytest -n 2 -m slow
+	XLA_FLAGS= TEST_DEVICES=16 $(BIN)/python -m pytest -n 2 --dist=worksteal -m slow
 
 bench: bench-setup  ## Measures a training step and evaluation beside timm's.
 	$(BIN)/python -m experiments.benchmark train_step --model=b0 --group_size=16 --image_size=128 --batch=8

@@ -9,12 +9,16 @@ import pathlib
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Most of a test's time went into optimising programs that then run for milliseconds, here and in the processes that
+# tests start. `make test-slow` sets this to nothing and so runs what users run.
+QUICK = ('backend_optimization_level=0', 'llvm_disable_expensive_passes=true', 'cpu_use_fusion_emitters=false')
+os.environ.setdefault('XLA_FLAGS', ' '.join(f'--xla_{flag}' for flag in QUICK))
+# Tests compile the same small programs many times over.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'xla')
 
 import jax
 
 jax.config.update('jax_num_cpu_devices', int(os.environ.get('TEST_DEVICES', '8')))
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Tests compile the same small programs many times over.
-jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'xla'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

@@ -1,6 +1,8 @@
 """The smallest run that still has every part: two MBConv blocks on 8×8 digits."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from unittest import mock
 
 import flax
@@ -49,8 +51,9 @@ def tiny_config(**changes: object) -> ml_collections.ConfigDict:
     return config
 
 
-def tiny_parts(blocks: int = 2, **changes: object) -> Parts:
-    """Assembles a tiny run whose network has only the first few MBConv blocks."""
+@contextlib.contextmanager
+def few_blocks(blocks: int = 2) -> Iterator[None]:
+    """Every network that is assembled meanwhile has only its first few MBConv blocks; no config can say so."""
 
     def cut(*args: object, **options: object) -> scaling.ModelSpec:
         spec = model_spec(*args, **options)
@@ -58,6 +61,12 @@ def tiny_parts(blocks: int = 2, **changes: object) -> Parts:
 
     model_spec = scaling.model_spec
     with mock.patch.object(scaling, 'model_spec', cut):
+        yield
+
+
+def tiny_parts(blocks: int = 2, **changes: object) -> Parts:
+    """Assembles a tiny run whose network has only the first few MBConv blocks."""
+    with few_blocks(blocks):
         return assemble(tiny_config(**changes))
 
 

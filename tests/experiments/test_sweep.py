@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -270,7 +269,6 @@ def test_a_real_sweep(tmp_path):
     found = subprocess.run(
         [sys.executable, '-m', 'experiments.sweep', *argv],
         cwd=ROOT,
-        env=os.environ | {'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.pytest_cache' / 'xla')},
         capture_output=True,
         text=True,
         timeout=300,

@@ -32,7 +32,7 @@ def expected():
         labels.append(np.asarray(batch['label'])[kept])
     labels = np.concatenate(labels)
     x = normalise(jnp.asarray(np.concatenate(images)), parts.rule.mean, parts.rule.std, jnp.float32)
-    logits = np.asarray(parts.model.apply(parts.init_variables(), x, train=False), np.float64)
+    logits = np.asarray(jax.jit(parts.model.apply)(parts.init_variables(), x), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     order = np.argsort(-logits, kind='stable')
     return {
@@ -76,7 +76,7 @@ def test_any_class_of_a_set_is_right_and_no_class_is_not_counted():
     parts = dataclasses.replace(tiny_parts(blocks=1, replicas=2, evaluation__batch=5), test_source=Sets())
     found = evaluate(parts)
     x = normalise(jnp.asarray(Sets.images), parts.rule.mean, parts.rule.std, jnp.float32)
-    logits = np.asarray(parts.model.apply(parts.init_variables(), x, train=False), np.float64)
+    logits = np.asarray(jax.jit(parts.model.apply)(parts.init_variables(), x), np.float64)
     best = np.argsort(-logits, kind='stable')
     odds = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     rows = [i for i in range(23) if Sets.labels[i].any()]

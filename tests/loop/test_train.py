@@ -19,7 +19,7 @@ from efficientnet.loop.checkpoints import Checkpoints
 from efficientnet.loop.interrupt import Interrupted
 from efficientnet.loop.train import Run, evaluate, train
 from efficientnet.parallel.train_state import unpack_state
-from tests.tiny import tiny_config
+from tests.tiny import few_blocks, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {'precision__policy': '16.16', 'averaging__update_decay': 0.9}
@@ -30,14 +30,21 @@ import sys, pathlib
 import tests.conftest  # the same JAX settings as the tests
 from efficientnet.loop import train
 from efficientnet.loop.interrupt import Interrupted
-from tests.tiny import tiny_config
+from tests.tiny import few_blocks, tiny_config
 try:
     config = tiny_config(precision__policy='16.16', averaging__update_decay=0.9, steps=int(sys.argv[2]))
-    train.train(config, pathlib.Path(sys.argv[1]))
+    with few_blocks():
+        train.train(config, pathlib.Path(sys.argv[1]))
 except Interrupted as error:
     print(error)
     sys.exit(128 + error.number)
 """
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _small():
+    with few_blocks():
+        yield
 
 
 def state_bytes(workdir, **changes):

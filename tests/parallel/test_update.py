@@ -1,5 +1,6 @@
 """The weight update: equal whatever the layout, equal to plain autodiff, untouched by what is not finite."""
 
+import functools
 import math
 import re
 
@@ -64,18 +65,20 @@ def test_an_update_is_plain_gradient_descent():
     start = unpack_state(parts.init_state(), parts.packings)
     batch = next(iter(parts.train_batches(0)))
 
-    def loss(params):
+    @jax.jit
+    @jax.value_and_grad
+    def value_and_gradient(params):
         images = normalise(jnp.asarray(batch['image']), parts.rule.mean, parts.rule.std, jnp.float32)
         logits = parts.model.apply({'params': params}, images, train=False)
         return cross_entropy(logits, jnp.asarray(batch['label']), 0.1).mean()
 
-    gradient = jax.grad(loss)(start.params)
+    loss, gradient = value_and_gradient(start.params)
     found, metrics = run_updates(parts, 1)
     found = unpack_state(found, parts.packings)
     expected = jax.tree.map(lambda w, g: w - 0.16 * g, start.params, gradient)
     for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(metrics[0]['loss'] / 16, loss(start.params), rtol=1e-5)
+    np.testing.assert_allclose(metrics[0]['loss'] / 16, loss, rtol=1e-5)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(metrics[0]['gradient_norm'], norm, rtol=1e-4)
 
@@ -156,13 +159,9 @@ def test_batch_norm_statistics_move_once_an_update():
     start = unpack_state(parts.init_state(), parts.packings)
     batch = next(iter(parts.train_batches(0)))
     images = normalise(jnp.asarray(batch['image']), parts.rule.mean, parts.rule.std, jnp.float32)
+    apply = jax.jit(functools.partial(parts.model.apply, train=True, mutable=['batch_stats']))
     raw = [
-        parts.model.apply(
-            {'params': start.params, 'batch_stats': start.batch_stats},
-            images[rows : rows + 4],
-            train=True,
-            mutable=['batch_stats'],
-        )[1]['batch_stats']
+        apply({'params': start.params, 'batch_stats': start.batch_stats}, images[rows : rows + 4])[1]['batch_stats']
         for rows in range(0, 16, 4)
     ]
     found = unpack_state(run_updates(parts, 1)[0], parts.packings)
@@ -235,7 +234,7 @@ def test_mixing_and_smoothing_reach_the_loss():
     keys = random_keys.sample_keys(random_keys.purpose_key(0, 'samples'), jnp.int32(0), jnp.arange(8, dtype=jnp.int32))
     drawn = augment.draw(Mixing(0.4, 1.0), keys, jnp.ones(8), (8, 8))
     images = augment.mix_images(normalise(batch['image'], parts.rule.mean, parts.rule.std, jnp.float32), drawn)
-    logits = np.float64(parts.model.apply(parts.init_variables(), images))
+    logits = np.float64(jax.jit(parts.model.apply)(parts.init_variables(), images))
     labels, weights = augment.mix_labels(jnp.asarray(batch['label']), drawn)
     assert labels.shape == (8, 4)
     log_p = (
