@@ -29,7 +29,7 @@ train: setup  ## Trains on the embedded digits into runs/digits.
 test: setup lint  ## Lints, then runs the whole suite.
 	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
-test-slow: setup  ## Runs the tests that take minutes.
+test-slow: setup  ## Runs the tests that take minutes, with programs optimised as users' are.
 	XLA_FLAGS= TEST_DEVICES=16 $(BIN)/python -m pytest -n 2 --dist=worksteal -m slow
 
 bench: bench-setup  ## Measures a training step and evaluation beside timm's.

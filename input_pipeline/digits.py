@@ -38,7 +38,7 @@ def open_digits(split: str, field: str) -> ArraySource:
 def _load() -> tuple[np.ndarray, np.ndarray]:
     """Grey levels from 0 to 16, fp64 [1797, 8, 8], and labels, int32, as `sklearn.datasets.load_digits` has them.
 
-    From the file inside the package: to import it takes two seconds.
+    From the file inside the package, because importing it takes a second or two.
     """
     (package,) = importlib.util.find_spec('sklearn').submodule_search_locations
     rows = np.loadtxt(pathlib.Path(package) / 'datasets' / 'data' / 'digits.csv.gz', delimiter=',')
