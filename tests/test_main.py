@@ -34,7 +34,11 @@ def run(*arguments):
             ['micro_batch=7', 'global_batch=63 or 70'],
         ),
         (['--workdir=x', '--config=configs/digits.py', '--config.replicas=2'], ['there are 1', '--cpu_devices=2']),
-        (['--workdir=/proc/x', '--config=configs/digits.py'], ['--workdir=/proc/x cannot be written']),
+        pytest.param(
+            ['--workdir=/proc/x', '--config=configs/digits.py'],
+            ['--workdir=/proc/x cannot be written'],
+            marks=pytest.mark.slow,  # tests/loop/test_workdir.py has it without a process
+        ),
         (['--workdir=/nowhere/x', '--mode=evaluate'], ['/nowhere/x holds no run']),
     ],
 )
@@ -53,19 +57,31 @@ def test_help_names_the_flags():
         assert word in found.stdout
 
 
-def test_a_run_from_end_to_end(tmp_path):
-    """Two virtual devices, two updates, then the same command and an evaluation; no warning on the way."""
-    flags = ['--config=configs/digits.py', f'--workdir={tmp_path}', '--cpu_devices=2', '--config.replicas=2']
-    small = ['--config.steps=2', '--config.model.width=0.25', '--config.model.depth=0.1', '--config.micro_batch=16']
-    small += ['--config.schedule.warmup=1 steps', '--config.image_size=8', '--config.log_every=1 steps']
-    found = run(*flags, *small)
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A run of two updates on two virtual devices: its folder, its flags, and how it ended."""
+    workdir = tmp_path_factory.mktemp('run')
+    flags = ['--config=configs/digits.py', f'--workdir={workdir}', '--cpu_devices=2', '--config.replicas=2']
+    flags += ['--config.steps=2', '--config.model.width=0.25', '--config.model.depth=0.1', '--config.micro_batch=16']
+    flags += ['--config.schedule.warmup=1 steps', '--config.image_size=8', '--config.log_every=1 steps']
+    return workdir, flags, run(*flags)
+
+
+def test_a_run_from_end_to_end(finished):
+    """Seven blocks, a stage of the network each; no warning on the way."""
+    workdir, _, found = finished
     assert found.returncode == 0, found.stderr
     assert found.stderr == ''
-    summary = json.loads((tmp_path / 'summary.json').read_text())
+    summary = json.loads((workdir / 'summary.json').read_text())
     assert (summary['replicas'], summary['accumulation'], summary['steps']) == (2, 2, 2)
     assert f'test accuracy {summary["test_accuracy"]:.2%}' in found.stdout.splitlines()[-1]
-    again = run(*flags, *small)
-    assert 'nothing left to do' in again.stdout
-    evaluated = run('--mode=evaluate', f'--workdir={tmp_path}')
+
+
+@pytest.mark.slow  # tests/loop has both with two blocks
+def test_the_same_command_again_and_an_evaluation(finished):
+    workdir, flags, _ = finished
+    assert 'nothing left to do' in run(*flags).stdout
+    evaluated = run('--mode=evaluate', f'--workdir={workdir}')
     assert evaluated.returncode == 0, evaluated.stderr
-    assert f'step 2  test accuracy {summary["test_accuracy"]:.2%}' in evaluated.stdout
+    accuracy = json.loads((workdir / 'summary.json').read_text())['test_accuracy']
+    assert f'step 2  test accuracy {accuracy:.2%}' in evaluated.stdout
