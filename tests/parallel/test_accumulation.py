@@ -1,5 +1,6 @@
 """Pipelined updates against unpipelined ones, and what the compiled program holds, sends and keeps."""
 
+import functools
 import itertools
 import math
 import re
@@ -68,11 +69,12 @@ def check(stages, replicas, count, exact=False, bound=1e-5, **changes):
         np.testing.assert_allclose(metrics[name], value, rtol=max(bound, 1e-4), err_msg=name)
 
 
-# Stages, replicas, micro-batches; each layout's recomputation and schedule are there to be different.
+# Stages, replicas, micro-batches: fewer than stages, as many, more. Each layout's recomputation and schedule are there
+# to be different; the global batch is not, so that one reference serves all.
 FEW = [
-    (2, 2, 5, 'none', 'grouped'),
+    (2, 1, 4, 'none', 'grouped'),
     (3, 2, 2, 'block', 'sequential'),
-    (4, 2, 4, 'stage', 'grouped'),
+    (4, 1, 4, 'stage', 'grouped'),
 ]
 
 
@@ -101,7 +103,7 @@ def test_no_layout_changes_the_result(stages, replicas, schedule, recompute):
 )
 def test_16_bits_are_the_same_bits(stages, replicas, recompute):
     """Recomputed from the same 16-bit boundaries, by the same operations, rounded by the same random bits."""
-    check(stages, replicas, 4, exact=True, precision__policy='16.16', recompute=recompute)
+    check(stages, replicas, 4 // replicas, exact=True, precision__policy='16.16', recompute=recompute)
 
 
 def test_16_bits_kept_between_forward_and_backward():
@@ -137,6 +139,7 @@ def test_a_stage_that_overflows_stops_all(recompute):
     assert (state.step == 0).all()
 
 
+@functools.cache
 def compiled(**changes):
     parts = tiny_parts(micro_batch=2, **changes)
     return parts, compile_update(parts)
@@ -182,7 +185,7 @@ def test_what_the_program_sends(splits, groups):
 
 
 def test_a_device_holds_its_stage_only():
-    parts, program = compiled(splits='block1a,block2a,head', replicas=2)
+    parts, program = compiled(splits='block1a,block2a', replicas=2)
     sizes = [part.shape[0] for part in parts.packings.params.parts]
     assert parts.packings.params.shape[0] == max(sizes) < sum(sizes)
     state = parts.grid.place(jax.device_get(parts.init_state()))
@@ -190,14 +193,14 @@ def test_a_device_holds_its_stage_only():
         for shard in leaf.addressable_shards:
             assert shard.data.nbytes <= 4 * math.prod(parts.packings.params.shape)
     argument = program.memory_analysis().argument_size_in_bytes
-    whole = sum(leaf.nbytes // 8 for leaf in jax.tree.leaves(state))
-    batch = parts.grid.layout.rows // 4 * (8 * 8 * 3 + 8)
+    whole = sum(leaf.nbytes // 6 for leaf in jax.tree.leaves(state))
+    batch = parts.grid.layout.rows // 3 * (8 * 8 * 3 + 8)
     assert abs(argument - whole - batch) < 1000
 
 
+@pytest.mark.slow  # of one stage they do in test_update.py
 def test_replicas_of_a_stage_stay_bit_identical():
-    parts = tiny_parts(splits='block1a', replicas=4, micro_batch=2, precision__policy='16.16')
-    _, program = compiled(splits='block1a', replicas=4, precision__policy='16.16')
+    parts, program = compiled(splits='block1a', replicas=4, precision__policy='16.16')
     state, stop = parts.grid.place(jax.device_get(parts.init_state())), parts.grid.flag(False)
     for batch in itertools.islice(parts.grid.prefetch(parts.train_batches(0), 1), 3):
         state, _ = program(state, batch, stop)

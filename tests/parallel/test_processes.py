@@ -19,6 +19,7 @@ from configs import base
 from efficientnet.errors import ConfigError
 from efficientnet.loop.assemble import assemble
 from efficientnet.loop.checkpoints import Checkpoints
+from efficientnet.loop.train import train
 from efficientnet.parallel import processes
 from efficientnet.parallel.processes import Membership, find_membership
 from efficientnet.parallel.train_state import unpack_state
@@ -101,15 +102,19 @@ def steps_of(workdir):
     return [int(row['step']) for row in rows(workdir) if row['test_top5'] is not None]
 
 
+def config():
+    found = base.get_config()
+    with found.unlocked():
+        found.update_from_flattened_dict(TINY)
+    return found
+
+
 def weights(workdir):
     """The weights of the newest checkpoint."""
     import jax
 
-    config = base.get_config()
-    with config.unlocked():
-        config.update_from_flattened_dict(TINY)
     with few_blocks():
-        parts = assemble(config)
+        parts = assemble(config())
     like = jax.eval_shape(lambda state: unpack_state(state, parts.packings), parts.state_shapes())
     found = Checkpoints(workdir / 'checkpoints', keep=2, owner=False)
     state, facts, complaints = found.restore_newest(like)
@@ -134,10 +139,10 @@ def assert_same_run(workdir, expected):
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
-    """The run in one process with all four devices."""
+    """The run in one process, this one, with all four devices."""
     workdir = tmp_path_factory.mktemp('alone') / 'run'
-    run = Together(workdir, 1)
-    assert run.wait() == [0], run.text()
+    with few_blocks():
+        train(config(), workdir)
     return workdir
 
 
