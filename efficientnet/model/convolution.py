@@ -21,17 +21,21 @@ Padding = Literal['same', 'symmetric']
 Pads = tuple[tuple[int, int], tuple[int, int]]  # (before, after) of height and of width, in pixels
 Parts = Array | Sequence[Array]  # of the groups
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
+NO_PADS = ((0, 0), (0, 0))
 
-# Largest side, in output pixels, of an image that is small to a CPU. fp32, batch 32, groups of 16, stride 1,
-# split against patches, forward + backward in ms (compile time of both in s): 8x8x160 k3 4.2 (1.3) against
-# 7.9 (0.7); 5x5x448 k5 5.4 (2.9) against 31 (0.9); 4x4x448 k5 33 (3.6) against 25 (0.8); 2x2x768 k5 1.1 (5.1)
-# against 1.0 (0.3). XLA's fast convolution ends where the kernel outgrows the image.
-SMALL_SIDE = 4
+# Largest side, in output pixels, of an image that is small to a CPU. fp32, groups of 16, stride 1, two cores with
+# AVX2, loop against patches, forward + backward in ms: 8x4x4x768 k5 14 against 25, k3 6.5 against 5.9; 64x4x4x288 k5
+# 22 against 53; 32x2x2x192 k5 2.1 against 1.5; 32x1x1x384 k3 0.5 against 0.3.
+SMALL_SIDE = 2
 
-# Most groups that are written out one by one. fp32, batch 8, groups of 16, with norm and swish before and after,
-# split against loop, forward + backward in ms (compile time in s): 32x32x96 k3 8.8 (1.3) against 12.3 (0.9);
-# 16x16x160 k5 11.1 (2.0) against 11.7 (1.1); 8x8x448 k5 9.0 (4.6) against 10.2 (1.2).
-FEW_GROUPS = 8
+# Most groups that are written out one by one, loop against split: 8x16x16x160 k5 26 against 24; 8x8x8x320 k3 5.0
+# against 4.7; 4x20x20x224 k3 16 against 13. Each group adds some 0.1 s to the compile time.
+FEW_GROUPS = 10
+
+# Most samples for which the weight gradient has its image padded beforehand, since XLA's convolution is slow to pad
+# one that has the few samples for channels. Inside it against beforehand: 4x80x80x48 k3 36 against 22; 4x20x20x160 k3
+# 11 against 6.8; 12x8x8x128 k5 7.4 against 6.1; 20x8x8x128 k5 13.1 against 13.9.
+FEW_SAMPLES = 12
 
 
 def grouped_conv(
@@ -127,7 +131,7 @@ def _dense(x: Array, kernel: Array, stride: int, groups: int, pads: Pads) -> Arr
     """XLA's convolution without groups, with gradients that are fast inside loops too."""
     if groups != 1:
         raise ConfigError(f'conv_method=dense must have 1 group, got {groups}')
-    return _dense_conv(x, kernel, stride, pads)
+    return _conv_by_group(x, kernel, stride, 1, pads, False)
 
 
 def _patches(x: Array, kernel: Array, stride: int, groups: int, pads: Pads) -> Array:
@@ -216,58 +220,13 @@ def _depthwise_backward(stride: int, pads: Pads, saved: tuple[Array, Array], dy:
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dense_conv(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
-    """Convolution without groups, x [N, H, W, C], kernel [k, k, C, O].
-
-    XLA on CPU has a fast convolution for one order of dimensions, into which it brings others only outside of
-    loops; a weight gradient in the order that autodiff gives it ran 4 times slower inside the loop over
-    micro-batches. The gradients here are convolutions in that one order wherever they stand.
-    """
-    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=LAYOUT)
-
-
-def _dense_forward(x: Array, kernel: Array, stride: int, pads: Pads) -> tuple[Array, tuple[Array, Array]]:
-    return _dense_conv(x, kernel, stride, pads), (x, kernel)
-
-
-def _dense_backward(stride: int, pads: Pads, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    return _dense_gradients(*saved, dy, stride, pads)
-
-
-def _dense_gradients(x: Array, kernel: Array, dy: Array, stride: int, pads: Pads) -> tuple[Array, Array]:
-    """Pulls dy back to x and kernel."""
-    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    dx = lax.conv_general_dilated(
-        dy,
-        turned,
-        (1, 1),
-        _gradient_pads(x, kernel, dy, stride, pads),
-        lhs_dilation=(stride, stride),
-        dimension_numbers=LAYOUT,
-    )
-    # The weight gradient convolves the image with the output gradient, channels in the place of samples.
-    reach = [
-        (before, kernel.shape[axis] + (dy.shape[axis + 1] - 1) * stride - x.shape[axis + 1] - before)
-        for axis, (before, _) in enumerate(pads)
-    ]
-    dkernel = lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0),
-        dy.transpose(1, 2, 0, 3),
-        (1, 1),
-        reach,
-        rhs_dilation=(stride, stride),
-        dimension_numbers=LAYOUT,
-    )
-    return dx, dkernel.transpose(1, 2, 0, 3)
-
-
-_dense_conv.defvjp(_dense_forward, _dense_backward)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _conv_by_group(x: Array, kernel: Array, stride: int, groups: int, pads: Pads, loop: bool) -> Array:
     """One dense convolution a group, x [N, H, W, C], kernel [k, k, C/groups, O].
+
+    XLA on CPU has a fast convolution for one order of dimensions, into which it brings others only outside of loops;
+    a weight gradient in the order that autodiff gives it ran 4 times slower inside the loop over micro-batches. The
+    gradients here are convolutions in that one order wherever they stand.
 
     What is cut into groups and what is put together from them is kept from being fused with its surroundings: XLA
     would otherwise compute the norm before the convolution anew in every group, and again, pixel by pixel, in the
@@ -280,19 +239,78 @@ def _by_group_forward(
     x: Array, kernel: Array, stride: int, groups: int, pads: Pads, loop: bool
 ) -> tuple[Array, tuple[Parts, Parts]]:
     parts = _cut(x, groups, loop), _cut(kernel, groups, loop)
-    return _join(_each(partial(_dense_conv, stride=stride, pads=pads), loop, *parts), loop), parts
+    return _join(_each(partial(_conv, stride=stride, pads=pads), loop, *parts), loop), parts
 
 
 def _by_group_backward(
     stride: int, groups: int, pads: Pads, loop: bool, saved: tuple[Parts, Parts], dy: Array
 ) -> tuple[Array, Array]:
-    pull = partial(_dense_gradients, stride=stride, pads=pads)
+    def pull(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+        return _image_gradient(dy, kernel, stride, pads, x.shape), _kernel_gradient(x, dy, stride, pads, kernel.shape)
+
     found = _each(pull, loop, *saved, _cut(dy, groups, loop))
     dx, dkernel = found if loop else zip(*found, strict=True)
     return _join(dx, loop), _join(dkernel, loop)
 
 
 _conv_by_group.defvjp(_by_group_forward, _by_group_backward)
+
+
+def _conv(x: Array, kernel: Array, stride: int, pads: Pads, dilation: int = 1) -> Array:
+    """Convolution without groups, x [N, H, W, C], kernel [k, k, C, O] with its taps `dilation` apart.
+
+    XLA's fast convolution takes no kernel that is larger than the image: that one is padded before.
+    """
+    if any(tap > side for tap, side in zip(kernel.shape[:2], x.shape[1:3], strict=True)):
+        x, pads = _padded(x, pads), NO_PADS
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, rhs_dilation=(dilation, dilation), dimension_numbers=LAYOUT
+    )
+
+
+def _image_gradient(dy: Array, kernel: Array, stride: int, pads: Pads, shape: tuple[int, ...]) -> Array:
+    """Pulls dy [N, H', W', O] back to the image of a shape [N, H, W, C].
+
+    Pixel s·a + p of the padded image meets only taps p, p + s, p + 2·s, … of the kernel. Each of the s phases p, in
+    both directions, is therefore a convolution of dy with a part of the kernel, and together they are one, with s·s
+    times the channels; spreading dy out by the stride instead would multiply mostly zeros.
+    """
+    rows, columns, inputs, outputs = kernel.shape
+    kernel = jnp.pad(kernel, ((0, -rows % stride), (0, -columns % stride), (0, 0), (0, 0)))
+    phases = kernel.reshape(-(-rows // stride), stride, -(-columns // stride), stride, inputs, outputs)
+    turned = phases[::-1, :, ::-1].transpose(0, 2, 5, 1, 3, 4)
+    turned = turned.reshape(*turned.shape[:3], stride * stride * inputs)
+    around = tuple(
+        # The first and the last pixel of the image are s·a + p of the padded one for a = before ÷ s and this:
+        (turned.shape[axis] - 1 - before // stride, (shape[axis + 1] + before - 1) // stride + 1 - dy.shape[axis + 1])
+        for axis, (before, _) in enumerate(pads)
+    )
+    dx = _conv(dy, turned, 1, around)
+    n, height, width, _ = dx.shape
+    dx = dx.reshape(n, height, width, stride, stride, inputs).transpose(0, 1, 3, 2, 4, 5)
+    dx = dx.reshape(n, height * stride, width * stride, inputs)
+    top, left = (before % stride for before, _ in pads)
+    return dx[:, top : top + shape[1], left : left + shape[2]]
+
+
+def _kernel_gradient(x: Array, dy: Array, stride: int, pads: Pads, shape: tuple[int, ...]) -> Array:
+    """Pulls dy back to the kernel of a shape: the image convolved with dy, with channels in the place of samples."""
+    reach = tuple(
+        (before, shape[axis] + (dy.shape[axis + 1] - 1) * stride - x.shape[axis + 1] - before)
+        for axis, (before, _) in enumerate(pads)
+    )
+    turned = x.transpose(3, 1, 2, 0)
+    if x.shape[0] <= FEW_SAMPLES:
+        turned, reach = _padded(turned, reach), NO_PADS
+    dkernel = _conv(turned, dy.transpose(1, 2, 0, 3), 1, reach, stride)
+    return dkernel.transpose(1, 2, 0, 3)
+
+
+def _padded(x: Array, pads: Pads) -> Array:
+    """Puts zeros around the pixels of x [N, H, W, C], or cuts off what is negative, before whatever follows."""
+    return lax.optimization_barrier(
+        lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
+    )
 
 
 def _each(function: Callable, loop: bool, *parts: Parts) -> Any:

@@ -188,8 +188,9 @@ def test_auto_on_cpu_never_takes_the_slow_weight_gradient():
     kernel = (5, 5, 16, 448)
     assert choose_method((32, 16, 16, 448), kernel, 1, 28) == 'loop'
     assert choose_method((32, 16, 16, 448), (5, 5, 112, 448), 1, 4) == 'split'
-    assert choose_method((32, 4, 4, 448), kernel, 1, 28) == 'patches'
-    assert choose_method((32, 8, 8, 448), kernel, 2, 28) == 'patches'
+    assert choose_method((32, 2, 2, 448), kernel, 1, 28) == 'patches'
+    assert choose_method((32, 4, 4, 448), kernel, 2, 28) == 'patches'
+    assert choose_method((32, 4, 4, 448), kernel, 1, 28) == 'loop'
     assert choose_method((32, 8, 8, 48), (3, 3, 1, 48), 1, 48) == 'taps'
     assert choose_method((32, 8, 8, 48), (3, 3, 48, 48), 1, 1) == 'dense'
     assert choose_method((32, 8, 8, 48), (1, 1, 48, 96), 1, 1) == 'matmul'
@@ -197,6 +198,30 @@ def test_auto_on_cpu_never_takes_the_slow_weight_gradient():
     program = jax.jit(jax.grad(lambda k: grouped_conv(x, k, groups=2).sum())).lower(weights).as_text()
     assert 'feature_group_count = 2' not in program
     assert 'batch_group_count = 2' not in program
+
+
+@pytest.mark.parametrize('method', ['split', 'loop'])
+def test_strided_gradients_multiply_no_zeros(method):
+    """An output gradient that is spread out by the stride would show as a dilated image in a convolution."""
+    conv = functools.partial(grouped_conv, stride=2, groups=2, method=method)
+    x, kernel = jnp.zeros((2, 9, 8, 32)), jnp.zeros((5, 5, 16, 32))
+    program = jax.jit(jax.grad(lambda *given: conv(*given).sum(), (0, 1))).lower(x, kernel).as_text()
+    assert program.count('stablehlo.convolution') >= 2
+    assert 'lhs_dilate = [2, 2]' not in program
+
+
+@pytest.mark.parametrize('samples', [convolution.FEW_SAMPLES, convolution.FEW_SAMPLES + 1])
+@pytest.mark.parametrize('stride', [1, 2, 3])
+@pytest.mark.parametrize('method', ['split', 'loop'])
+def test_few_samples_and_many_have_the_same_gradients(samples, stride, method):
+    rng = np.random.default_rng(3)
+    x, kernel = rng.normal(size=(samples, 4, 7, 8)), rng.normal(size=(5, 5, 4, 8))
+    want = reference(x, kernel, None, stride, 2, 'same')
+    y, pull = jax.vjp(
+        functools.partial(grouped_conv, stride=stride, groups=2, method=method), jnp.float32(x), jnp.float32(kernel)
+    )
+    for mine, theirs in zip((y, *pull(y)), want, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_auto_on_an_accelerator_is_native_in_16_bit(monkeypatch):
