@@ -172,7 +172,12 @@ def decode_distorted_crop(
 
 def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Mirrors uint8 [H, W, 3] left to right if its first seed (int64 [2]) is odd."""
-    return tf.raw_ops.Reverse(tensor=image, dims=tf.stack([False, seed[0] % 2 == 1, False]))
+
+    def mirrored() -> tf.Tensor:
+        # Told to reverse nothing, this operation takes more than twice as long as for mirroring.
+        return tf.raw_ops.Reverse(tensor=image, dims=[False, True, False])
+
+    return tf.cond(seed[0] % 2 == 1, mirrored, lambda: image)
 
 
 def random_window(images: tf.Tensor, seeds: tf.Tensor, pad: int, flip: bool) -> tf.Tensor:
