@@ -113,6 +113,9 @@ def parse(argv: list[str]) -> list[str]:
 
 def plainly(error: Exception) -> str:
     """Returns what a flag's error says; of the traceback of a recipe, which ml_collections quotes, the last line."""
+    missing = error.args[0] if isinstance(error, AttributeError) and error.args else error
+    if isinstance(missing, KeyError):  # whose text is quoted, with its line breaks
+        return f'--config has no field {missing.args[0]}'
     where, traceback, _ = str(error).partition('Error whilst parsing config file:')
     return where + str(error).strip().splitlines()[-1].removeprefix('ValueError: ') if traceback else where
 

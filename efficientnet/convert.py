@@ -11,6 +11,8 @@ of pixels) is looked up by the architecture's name; any field may be set over it
 """
 
 import json
+import operator
+import os
 import pathlib
 
 import flax
@@ -53,7 +55,7 @@ def convert(
     Raises:
         ConfigError: Anything does not fit; nothing is written.
     """
-    if dest.exists():  # before the work rather than after it
+    if os.path.exists(dest):  # before the work rather than after it; a Path would raise at a name that is too long
         raise ConfigError(f'{dest} exists; give a folder that does not')
     of_run = (source / CONFIG).is_file() and (source / CHECKPOINTS).is_dir()
     found = None if of_run else state_dicts.read(source, kind)
@@ -93,8 +95,10 @@ def _from_card(found: state_dicts.StateDict, source: pathlib.Path, kind: str, ov
     """A file that we exported says everything about itself."""
     try:
         card = json.loads(found.metadata[CARD])
-        dataset = DatasetFacts(tuple(card['dataset']['classes']), card['dataset']['image_shape'])
+        shape = card['dataset']['image_shape']
+        dataset = DatasetFacts(tuple(card['dataset']['classes']), shape and tuple(map(operator.index, shape)))
         fields = flatten(card['config'])
+        operator.index(card['step'])
         trained = Trained(base.get_config(), dataset, {}, card['weights'], card['step'], card['accuracy'])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f'{source}: its model card is damaged ({error!r}); export it again') from error

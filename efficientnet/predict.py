@@ -158,7 +158,12 @@ def predict(workdir: pathlib.Path, names: Sequence[str], form: str, weights: str
     """
     from input_pipeline import views  # here: TensorFlow takes seconds to import
 
-    listed = [line for name in names for line in (sys.stdin.read().split('\n') if name == '-' else [name]) if line]
+    listed = [
+        line
+        for name in names
+        for line in (sys.stdin.read().replace('\r\n', '\n').split('\n') if name == '-' else [name])
+        if line
+    ]
     if not listed:
         raise DataError('no images are named; give files, folders, or - and a list on standard input')
     files = views.find_images(listed)

@@ -144,3 +144,21 @@ def test_numbers_that_a_run_cannot_hold_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=words):
             convert(tmp_path / 'wrong.safetensors', tmp_path / 'run', overrides={'precision.policy': policy})
         assert [path.name for path in tmp_path.iterdir()] == ['wrong.safetensors']
+
+
+def test_a_model_card_that_makes_no_sense_is_refused(tmp_path):
+    trained = tiny_trained()
+    for change, words in (
+        ({'step': 'abc'}, 'its model card is damaged'),
+        ({'dataset': {'classes': ['a'], 'image_shape': 'zz'}}, 'its model card is damaged'),
+    ):
+        (tmp_path / 'wrong.safetensors').write_bytes(to_safetensors(trained, model_card(trained) | change))
+        with pytest.raises(ConfigError, match=words):
+            convert(tmp_path / 'wrong.safetensors', tmp_path / 'run')
+    (tmp_path / 'wrong.safetensors').write_bytes(to_safetensors(trained, model_card(trained)))
+    for size in (0, -4):
+        with pytest.raises(ConfigError, match=f'image_size={size} must be at least 1 pixel'):
+            convert(tmp_path / 'wrong.safetensors', tmp_path / 'run', overrides={'image_size': size})
+    with pytest.raises(ConfigError, match='File name too long'):
+        convert(tmp_path / 'wrong.safetensors', tmp_path / ('x' * 300))
+    assert [path.name for path in tmp_path.iterdir()] == ['wrong.safetensors']

@@ -25,7 +25,14 @@ def run(*arguments):
             ['--workdir=x', '--config=configs/imagenet_rmsprop.py:b2,g8'],
             ["error: flag --config=configs/imagenet_rmsprop.py:b2,g8: 'b2,g8' is not understood", 'g16|g4|g1'],
         ),
-        (['--workdir=x', '--config=configs/digits.py', '--config.optimizer.momentun=1'], ['momentun']),
+        (
+            ['--workdir=x', '--config=configs/digits.py', '--config.optimizer.momentun=1'],
+            ['no field', 'Did you mean "momentum"'],
+        ),
+        (
+            ['--workdir=x', '--config=configs/digits.py', '--config.stepz=1'],
+            ['no field \'stepz\' Did you mean "steps"'],
+        ),
         (['--workdir=x', '--config=configs/digits.py', '--config.seed=many'], ['seed', 'many']),
         (['--workdir=x', '--config=configs/digits.py', '--mode=dance'], ['mode', 'dance']),
         (['--workdir=x', '--config=configs/digits.py', 'extra'], ['extra']),

@@ -121,7 +121,7 @@ def test_formats(workdir, files, capsys):
 
 
 def test_a_list_on_standard_input(workdir, files, monkeypatch):
-    monkeypatch.setattr('sys.stdin', io.StringIO(f'{files / "1.png"}\n\n{files / "0.png"}\n'))
+    monkeypatch.setattr('sys.stdin', io.StringIO(f'{files / "1.png"}\r\n\n{files / "0.png"}\n'))
     out = io.StringIO()
     assert predict(workdir, ['-'], 'json', 'raw', out) == 0
     assert [entry['file'] for entry in json.loads(out.getvalue())] == [str(files / '1.png'), str(files / '0.png')]

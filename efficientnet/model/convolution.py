@@ -68,7 +68,7 @@ def grouped_conv(
     Raises:
         ConfigError: shapes, padding or method do not fit together.
     """
-    _check_shapes(x, kernel, groups)
+    _check_shapes(x, kernel, stride, groups)
     height = _pad_amounts(x.shape[1], kernel.shape[0], stride, padding)
     width = _pad_amounts(x.shape[2], kernel.shape[1], stride, padding)
     rows, height = _live_taps(x.shape[1], kernel.shape[0], stride, height)
@@ -376,7 +376,11 @@ def _live_taps(size: int, taps: int, stride: int, pad: tuple[int, int]) -> tuple
     return slice(first, last + 1), (before - first, after - (taps - 1 - last))
 
 
-def _check_shapes(x: Array, kernel: Array, groups: int) -> None:
+def _check_shapes(x: Array, kernel: Array, stride: int, groups: int) -> None:
+    if stride < 1 or x.ndim != 4 or kernel.ndim != 4 or min(x.shape[1:3]) < 1:
+        raise ConfigError(
+            f'stride={stride} must be at least 1, x {x.shape} [N, H, W, C], kernel {kernel.shape} 4-d too'
+        )
     inputs, outputs = kernel.shape[2:]
     if x.shape[3] != inputs * groups or outputs % groups:
         raise ConfigError(f'groups={groups} must divide x {x.shape} into kernel {kernel.shape}')

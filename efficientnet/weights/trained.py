@@ -125,7 +125,7 @@ def write_run(dest: pathlib.Path, trained: Trained) -> None:
         ConfigError: The folder exists or cannot be written, the variables are not those of the config, or a field
             of it is out of range.
     """
-    if dest.exists():
+    if os.path.exists(dest):
         raise ConfigError(f'{dest} exists; give a folder that does not')
     check_shapes(trained, str(dest))
     trained = trained._replace(config=deployed_config(trained.config, max(trained.step, 1)))
@@ -188,8 +188,14 @@ def check_shapes(trained: Trained, where: str) -> None:
 
 
 def variable_shapes(trained: Trained) -> dict[str, tuple[int, ...]]:
-    """Returns {'params.stem.conv.kernel': (3, 3, 3, 32), …}, what the network in the config needs."""
+    """Returns {'params.stem.conv.kernel': (3, 3, 3, 32), …}, what the network in the config needs.
+
+    Raises:
+        ConfigError: A field of the model, or image_size, is out of range.
+    """
     size = trained.config.image_size
+    if size < 1:
+        raise ConfigError(f'image_size={size} must be at least 1 pixel')
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     return shapes_of(dict(jax.eval_shape(trained.model().init, jax.random.key(0), image)))
 

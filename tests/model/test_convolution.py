@@ -247,6 +247,8 @@ def test_taps_that_never_meet_the_image_are_left_out():
         ((3, 3, 8, 8), {'method': 'matmul'}, 'conv_method=matmul'),
         ((1, 1, 4, 8), {'groups': 2, 'method': 'matmul'}, 'conv_method=matmul'),
         ((3, 3, 8, 8), {'method': 'fft'}, "conv_method='fft' must be auto, native, dense, split, loop, patches"),
+        ((3, 3, 8, 8), {'stride': 0}, 'stride=0 must be at least 1'),
+        ((3, 8, 8), {}, r'kernel \(3, 8, 8\)'),
         ((3, 3, 8, 8), {'padding': 'valid'}, "padding='valid' must be same or symmetric"),
     ],
 )
