@@ -98,8 +98,8 @@ def _from_card(found: state_dicts.StateDict, source: pathlib.Path, kind: str, ov
         shape = card['dataset']['image_shape']
         dataset = DatasetFacts(tuple(card['dataset']['classes']), shape and tuple(map(operator.index, shape)))
         fields = flatten(card['config'])
-        operator.index(card['step'])
-        trained = Trained(base.get_config(), dataset, {}, card['weights'], card['step'], card['accuracy'])
+        step, accuracy = operator.index(card['step']), dict(card['accuracy'])
+        trained = Trained(base.get_config(), dataset, {}, card['weights'], step, accuracy)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f'{source}: its model card is damaged ({error!r}); export it again') from error
     if kind not in ('auto', trained.kind):

@@ -1,8 +1,5 @@
 """Scikit-learn's 1,797 scans of handwritten digits: real data in a package, for runs without any download."""
 
-import importlib.util
-import pathlib
-
 import numpy as np
 
 from input_pipeline.errors import DataError
@@ -27,22 +24,14 @@ def open_digits(split: str, field: str) -> ArraySource:
     """
     if split not in _SPLITS:
         raise DataError(f'{field} = {split!r} must be one of {", ".join(_SPLITS)} for dataset digits')
-    levels, labels = _load()
-    held_out = _held_out(labels)
+    from sklearn import datasets  # here: a second to import, for one of the sources
+
+    digits = datasets.load_digits()
+    held_out = _held_out(digits.target)
     chosen = held_out if split == 'test' else ~held_out
-    grey = np.round(levels[chosen] * 255 / 16).astype(np.uint8)
+    grey = np.round(digits.images[chosen] * 255 / 16).astype(np.uint8)
     images = np.repeat(grey[..., None], 3, axis=-1)
-    return ArraySource(f'digits {split}', tuple('0123456789'), images, labels[chosen])
-
-
-def _load() -> tuple[np.ndarray, np.ndarray]:
-    """Grey levels from 0 to 16, fp64 [1797, 8, 8], and labels, int32, as `sklearn.datasets.load_digits` has them.
-
-    From the file inside the package, because importing it takes a second or two.
-    """
-    (package,) = importlib.util.find_spec('sklearn').submodule_search_locations
-    rows = np.loadtxt(pathlib.Path(package) / 'datasets' / 'data' / 'digits.csv.gz', delimiter=',')
-    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int32)
+    return ArraySource(f'digits {split}', tuple('0123456789'), images, digits.target[chosen].astype(np.int32))
 
 
 def _held_out(labels: np.ndarray) -> np.ndarray:

@@ -150,6 +150,7 @@ def test_a_model_card_that_makes_no_sense_is_refused(tmp_path):
     trained = tiny_trained()
     for change, words in (
         ({'step': 'abc'}, 'its model card is damaged'),
+        ({'accuracy': 5}, 'its model card is damaged'),
         ({'dataset': {'classes': ['a'], 'image_shape': 'zz'}}, 'its model card is damaged'),
     ):
         (tmp_path / 'wrong.safetensors').write_bytes(to_safetensors(trained, model_card(trained) | change))

@@ -29,7 +29,7 @@ NO_PADS = ((0, 0), (0, 0))
 SMALL_SIDE = 2
 
 # Most groups that are written out one by one, loop against split: 8x16x16x160 k5 26 against 24; 8x8x8x320 k3 5.0
-# against 4.7; 4x20x20x224 k3 16 against 13. Each group adds some 0.1 s to the compile time.
+# against 4.7; 4x20x20x224 k3 16 against 13. 8x4x4x768 k5, 48 groups, compiles in 0.9 s as a loop, in 3.8 s split.
 FEW_GROUPS = 10
 
 # Most samples for which the weight gradient has its image padded beforehand, since XLA's convolution is slow to pad
@@ -213,7 +213,7 @@ def _depthwise_backward(stride: int, pads: Pads, saved: tuple[Array, Array], dy:
     # gradient spread out by the stride and padded so that the size of x comes out.
     spread = [(low, high, stride - 1) for low, high in _gradient_pads(x, kernel, dy, stride, pads)]
     dy = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *spread, (0, 0, 0)))
-    dx = _depthwise(dy, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)))
+    dx = _depthwise(dy, kernel[::-1, ::-1], 1, NO_PADS)
     return dx.astype(x.dtype), dkernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
@@ -281,7 +281,7 @@ def _image_gradient(dy: Array, kernel: Array, stride: int, pads: Pads, shape: tu
     turned = phases[::-1, :, ::-1].transpose(0, 2, 5, 1, 3, 4)
     turned = turned.reshape(*turned.shape[:3], stride * stride * inputs)
     around = tuple(
-        # The first and the last pixel of the image are s·a + p of the padded one for a = before ÷ s and this:
+        # In the padded image the first pixel has a = before ÷ s, the last a = (size + before − 1) ÷ s.
         (turned.shape[axis] - 1 - before // stride, (shape[axis + 1] + before - 1) // stride + 1 - dy.shape[axis + 1])
         for axis, (before, _) in enumerate(pads)
     )
@@ -346,9 +346,9 @@ def _gradient_pads(x: Array, kernel: Array, dy: Array, stride: int, pads: Pads) 
 
 def _shifted_views(x: Array, taps_h: int, taps_w: int, stride: int, pads: Pads) -> list[Array]:
     """The padded image as each tap of the kernel sees it, row by row: taps_h * taps_w of [N, H', W', C]."""
-    if pads != ((0, 0), (0, 0)):
+    if pads != NO_PADS:
         # Computed once: XLA would fuse padding, and the norm before it, into the loop of every tap.
-        x = lax.optimization_barrier(jnp.pad(x, ((0, 0), *pads, (0, 0))))
+        x = _padded(x, pads)
     span_h, span_w = x.shape[1] - taps_h + 1, x.shape[2] - taps_w + 1
     offsets = [(i, j) for i in range(taps_h) for j in range(taps_w)]
     return [x[:, i : i + span_h : stride, j : j + span_w : stride] for i, j in offsets]
@@ -379,7 +379,8 @@ def _live_taps(size: int, taps: int, stride: int, pad: tuple[int, int]) -> tuple
 def _check_shapes(x: Array, kernel: Array, stride: int, groups: int) -> None:
     if stride < 1 or x.ndim != 4 or kernel.ndim != 4 or min(x.shape[1:3]) < 1:
         raise ConfigError(
-            f'stride={stride} must be at least 1, x {x.shape} [N, H, W, C], kernel {kernel.shape} 4-d too'
+            f'stride={stride} must be at least 1, x {x.shape} be [N, H, W, C], '
+            f'kernel {kernel.shape} [k, k, C/groups, O]'
         )
     inputs, outputs = kernel.shape[2:]
     if x.shape[3] != inputs * groups or outputs % groups:
