@@ -20,8 +20,45 @@ for _ in range(2):
 print(faults() - before)
 """
 
+PIECES = """
+import ctypes, sys
+from efficientnet.loop.host_memory import keep_freed_memory, retire_pieces
+if sys.argv[1] == 'keep':
+    keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def resident():
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmRSS'))
+blocks = [libc.malloc(10_000 + 16 * (i % 997)) for i in range(20_000)]
+for block in blocks:
+    ctypes.memset(block, 1, 10_000)
+for block in blocks[::2]:
+    libc.free(block)
+before = resident()
+retire_pieces()
+given_back = before - resident()
+later = [libc.malloc(size) for size in range(1_500, 26_000, 10)]
+print(sum(block < max(blocks) for block in later), given_back)
+assert all(ctypes.string_at(block, 10_000) == bytes([1]) * 10_000 for block in blocks[1::2])
+"""
+on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='mallopt is of glibc')
 
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='mallopt is of glibc')
+
+@on_glibc
+def test_pieces_are_neither_used_nor_resident_any_more():
+    def run(how: str) -> tuple[int, int]:
+        done = subprocess.run([sys.executable, '-c', PIECES, how], capture_output=True, text=True, check=True)
+        return tuple(map(int, done.stdout.split()))
+
+    below, given_back = run('keep')
+    assert below == 0
+    assert given_back > 40_000  # KiB, of the 10,000 pieces of 10 to 26 kB, which hold two to six whole pages each
+    below, given_back = run('plain')
+    assert below > 1_000
+    assert given_back < 1_000
+
+
+@on_glibc
 def test_memory_that_was_freed_is_not_fetched_again():
     found = {}
     for how in ('keep', 'plain'):
