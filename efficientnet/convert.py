@@ -14,6 +14,7 @@ import json
 import operator
 import os
 import pathlib
+from typing import Any
 
 import flax
 import jax.numpy as jnp
@@ -28,9 +29,11 @@ from efficientnet.loop.settings import CHECKPOINTS, CONFIG, flatten
 from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.weights import architectures, naming, state_dicts
 from efficientnet.weights.class_names import imagenet
-from efficientnet.weights.dataset_facts import DatasetFacts
+from efficientnet.weights.dataset_facts import DatasetFacts, facts_of_json
 from efficientnet.weights.trained import CARD, Trained, config_of, read_run, variable_shapes, write_run
 from input_pipeline.errors import DataError
+
+Tree = Any
 
 
 def convert(
@@ -95,8 +98,7 @@ def _from_card(found: state_dicts.StateDict, source: pathlib.Path, kind: str, ov
     """A file that we exported says everything about itself."""
     try:
         card = json.loads(found.metadata[CARD])
-        shape = card['dataset']['image_shape']
-        dataset = DatasetFacts(tuple(card['dataset']['classes']), shape and tuple(map(operator.index, shape)))
+        dataset = facts_of_json(card['dataset'])
         fields = flatten(card['config'])
         step, accuracy = operator.index(card['step']), dict(card['accuracy'])
         trained = Trained(base.get_config(), dataset, {}, card['weights'], step, accuracy)
@@ -105,7 +107,7 @@ def _from_card(found: state_dicts.StateDict, source: pathlib.Path, kind: str, ov
     if kind not in ('auto', trained.kind):
         raise ConfigError(f'{source} has no weights {kind!r}, only {trained.kind!r}')
     trained = trained._replace(config=config_of(fields | overrides, f'the model card of {source}'))
-    return trained._replace(variables=naming.to_ours(found.arrays, variable_shapes(trained), 'timm'))
+    return trained._replace(variables=_to_ours(source, found, trained, 'timm'))
 
 
 def _from_foreign(
@@ -130,8 +132,14 @@ def _from_foreign(
     dataset = DatasetFacts(_class_names(found, scheme, prefix, classes), None)
     trained = Trained(_config(fields), dataset, {}, found.kind, 0, {})
     suffix = naming.AVERAGE if scheme == 'tensorflow' and found.kind == 'averaged' else ''
-    variables = naming.to_ours(found.arrays, variable_shapes(trained), scheme, prefix, suffix)
-    return trained._replace(variables=variables)
+    return trained._replace(variables=_to_ours(source, found, trained, scheme, prefix, suffix))
+
+
+def _to_ours(source: pathlib.Path, found: state_dicts.StateDict, trained: Trained, *names: str) -> Tree:
+    try:
+        return naming.to_ours(found.arrays, variable_shapes(trained), *names)
+    except ConfigError as error:
+        raise ConfigError(f'{source}: {error}') from error
 
 
 def _class_names(found: state_dicts.StateDict, scheme: str, prefix: str, path: pathlib.Path | None) -> tuple[str, ...]:

@@ -166,13 +166,15 @@ def predict(workdir: pathlib.Path, names: Sequence[str], form: str, weights: str
     ]
     if not listed:
         raise DataError('no images are named; give files, folders, or - and a list on standard input')
-    files = views.find_images(listed)
     skipped = []
 
     def skip(_: Image, error: DataError) -> None:
         skipped.append(error)
         print(f'skipped {error}', file=sys.stderr, flush=True)
 
+    files = views.find_images(listed, skip)
+    if not files:
+        raise DataError('there are no images to look at')
     model = load(workdir, weights)
     WRITERS[form](model.each(files, 5, skip), out)
     return len(skipped)

@@ -71,6 +71,8 @@ def open_tfds(name: str, split: str, data_dir: str | None, fields: Fields) -> Ar
 
 
 def _prepared_builder(name: str, data_dir: str | None, fields: Fields) -> tfds.core.DatasetBuilder:
+    if data_dir and '://' not in data_dir and not os.path.isdir(data_dir):
+        raise DataError(f'{fields.dir} = {data_dir} is no folder; if {name} is to be downloaded into it, make it first')
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:

@@ -63,11 +63,12 @@ def make_view(
     return view
 
 
-def find_images(names: Sequence[str]) -> list[str]:
+def find_images(names: Sequence[str], skip: Callable[[str, DataError], None]) -> list[str]:
     """Replaces folders by the images in and below them (by their extensions), in the order of their names.
 
-    Raises:
-        DataError: if a folder holds none.
+    Args:
+        names: Of files and folders.
+        skip: Is told of folders that hold none.
     """
     found = []
     for name in names:
@@ -77,7 +78,7 @@ def find_images(names: Sequence[str]) -> list[str]:
         inside = pathlib.Path(name).rglob('*')
         files = sorted(str(path) for path in inside if path.suffix.lower() in EXTENSIONS and path.is_file())
         if not files:
-            raise DataError(f'{name} holds no images ({", ".join(EXTENSIONS)})')
+            skip(name, DataError(f'{name} holds no images ({", ".join(EXTENSIONS)})'))
         found += files
     return found
 

@@ -152,6 +152,7 @@ def test_a_model_card_that_makes_no_sense_is_refused(tmp_path):
         ({'step': 'abc'}, 'its model card is damaged'),
         ({'accuracy': 5}, 'its model card is damaged'),
         ({'dataset': {'classes': ['a'], 'image_shape': 'zz'}}, 'its model card is damaged'),
+        ({'dataset': {'classes': ['a', 7], 'image_shape': None}}, 'not a list of names'),
     ):
         (tmp_path / 'wrong.safetensors').write_bytes(to_safetensors(trained, model_card(trained) | change))
         with pytest.raises(ConfigError, match=words):

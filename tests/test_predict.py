@@ -130,10 +130,18 @@ def test_a_list_on_standard_input(workdir, files, monkeypatch):
 def test_nothing_to_look_at(workdir, tmp_path):
     with pytest.raises(DataError, match='no images are named'):
         predict(workdir, [], 'text', 'raw', io.StringIO())
-    with pytest.raises(DataError, match='holds no images'):
-        find_images([str(tmp_path)])
+    with pytest.raises(DataError, match='no images to look at'):
+        predict(workdir, [str(tmp_path)], 'text', 'raw', io.StringIO())
     with pytest.raises(ConfigError, match='holds no run'):
         load(tmp_path)
+
+
+def test_a_folder_without_images_is_left_out(workdir, files, tmp_path, capsys):
+    out, empty = io.StringIO(), tmp_path / 'empty'
+    empty.mkdir()
+    assert predict(workdir, [str(empty), str(files / '1.png')], 'json', 'raw', out) == 1
+    assert [entry['file'] for entry in json.loads(out.getvalue())] == [str(files / '1.png')]
+    assert capsys.readouterr().err.startswith(f'skipped {empty} holds no images (.jpg, ')
 
 
 def test_photographs_are_seen_as_in_evaluation(tmp_path):
@@ -168,7 +176,7 @@ def test_names_of_imagenet():
 
 def test_names_that_no_file_can_have_are_left_out():
     long, zero = 'x' * 5000, 'a\0b'
-    assert find_images([long, zero]) == [long, zero]
+    assert find_images([long, zero], pytest.fail) == [long, zero]
     view = make_view(8, None)
     with pytest.raises(DataError, match='too long'):
         view(long)

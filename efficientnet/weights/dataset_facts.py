@@ -2,8 +2,9 @@
 
 import itertools
 import json
+import operator
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from efficientnet.errors import ConfigError
 from efficientnet.loop.reporting import write_json
@@ -33,12 +34,19 @@ def read_facts(workdir: pathlib.Path) -> DatasetFacts:
     """Reads dataset.json; raises ConfigError if it is missing or damaged."""
     path = workdir / FILE
     try:
-        found = json.loads(path.read_text())
-        return DatasetFacts(tuple(found['classes']), found['image_shape'] and tuple(found['image_shape']))
+        return facts_of_json(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise ConfigError(f'{workdir} has no {FILE}; the command that trained this run writes it') from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f'{path} is damaged ({error}); the command that trained this run writes it') from error
+
+
+def facts_of_json(found: Any) -> DatasetFacts:
+    """Returns the facts as JSON has them; raises KeyError, TypeError or ValueError if it has others."""
+    classes, shape = found['classes'], found['image_shape']
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError('its classes are not a list of names')
+    return DatasetFacts(tuple(classes), shape and tuple(map(operator.index, shape)))
 
 
 def check_classes(workdir: pathlib.Path, facts: DatasetFacts) -> None:

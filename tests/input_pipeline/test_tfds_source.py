@@ -1,6 +1,7 @@
 """TFDS data sets read at any index, compared with what tfds.load gives for the same files."""
 
 import os
+import re
 import shutil
 
 import numpy as np
@@ -160,6 +161,13 @@ def test_what_cannot_be_prepared_says_how(tmp_path, caplog):
         f'tiny/offline is not prepared in {tmp_path}: TFDS now downloads and prepares it'
     ]
     assert downloader.MAX_RETRIES > 4
+
+
+def test_a_folder_that_is_not_there_gets_no_download(tmp_path):
+    typo = tmp_path / 'typo'
+    with pytest.raises(DataError, match=f'input.dir = {re.escape(str(typo))} is no folder'):
+        open_source('tiny/fixed', 'train', str(typo))
+    assert not typo.exists()
 
 
 def test_what_is_missing_is_prepared(tmp_path):
