@@ -189,13 +189,15 @@ def to_stablehlo(trained: Trained, card: dict[str, Any]) -> bytes:
 
 def to_onnx(trained: Trained, card: dict[str, Any]) -> bytes:
     """Returns an ONNX model of the program for any number of images, the card in its metadata."""
+    # The first tells with a traceback of every example it has whose packages are missing, the second of constants.
+    for chatter in ('jax2onnx', 'onnx_ir'):
+        builtin_logging.getLogger(chatter).setLevel(builtin_logging.ERROR)
     try:
         import jax2onnx
     except ImportError as error:
         raise ConfigError(
             f'--format=onnx needs jax2onnx ({error}); install it: pip install --no-deps -r requirements-onnx.txt'
         ) from error
-    builtin_logging.getLogger('onnx_ir').setLevel(builtin_logging.ERROR)  # it tells of every constant's type
     size = trained.config.image_size
     model = jax2onnx.to_onnx(
         program(trained, conv_method='native'), [jax.ShapeDtypeStruct(('batch', size, size, 3), np.uint8)]

@@ -94,7 +94,7 @@ SCALES = {
             '2 replicas × 2 stages': Setting({'replicas': 2, 'stages': 2, 'micro_batch': 8}, cpu_devices=4),
         },
         half={'image_size': 8, 'epochs': 8.0},
-        fine_tune={'epochs': 2.0, 'optimizer.rate_per_example': 2.0**-13},
+        fine_tune={'epochs': 3.0, 'optimizer.rate_per_example': 2.0**-10},
     ),
     'cpu': Scale(
         recipe='configs/cifar10.py',
