@@ -4,7 +4,9 @@ Every stage of the pipeline is a CPU device with one thread, in a process of its
 share its threads, and a stage that rests would lend its own to the others. In one more such process run the same
 update in one stage, a train step as one would write it without any of this, and each stage's forward and forward +
 backward by itself: no hand-over, no stash, no choice of branch. Rounds alternate between all of them and medians
-count, so that what else the machine does falls on all alike.
+count, so that what else the machine does falls on all alike. Cores share a clock and a memory, and are slower when
+all work, as they do in the pipeline; so as many processes as stages do each part at once, and a line tells how much
+longer the update in one stage takes that way than alone.
 
 The ideal time is a walk along the timetable (efficientnet/parallel/pipeline.py) in which every tick takes as long as
 the slowest of its stages does alone, and the optimizer's time for the largest stage. Its parts add up:
@@ -82,18 +84,26 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(('localhost', 0))
         meeting = f'localhost:{free.getsockname()[1]}'
-    pipelined = [Worker(build_stage, args, meeting, stage) for stage in range(stages)]
-    single = Worker(build_single, args)
-    workers = [*pipelined, single]
+    workers = [Worker(build_stage, args, meeting, stage) for stage in range(stages)]
     try:
+        pipelined = list(workers)
+        workers.append(Worker(build_single, args))
         *_, found = [worker.answer() for worker in workers]
+        workers += [Worker(build_single, args) for _ in range(stages - 1)]  # which find all compiled
+        singles = workers[stages:]
+        for worker in singles[1:]:
+            worker.answer()
+        turns = {'pipeline': (measure, pipelined, 'pipeline')}
+        turns |= {name: (measure, singles[:1], name) for name in ('one_stage', 'plain')}
+        turns |= {name: (measure_together, singles, name) for name in found['jobs'] if name not in UPDATES}
+        turns['one_stage_together'] = (measure_together, singles, 'one_stage')
         progress(f'splits {found["splits"]!r}; {args["rounds"]} rounds …')
-        samples: dict[str, list[Sample]] = {}
+        samples: dict[str, list[Sample]] = {name: [] for name in turns}
         for number in range(-1, args['rounds']):  # the one before the first warms up
-            for name in ('pipeline', *found['jobs']):
-                sample = measure(pipelined if name == 'pipeline' else [single], name)
+            for name, (how, sharing, job) in turns.items():
+                sample = how(sharing, job)
                 if number >= 0:
-                    samples.setdefault(name, []).append(sample)
+                    samples[name].append(sample)
     finally:
         for worker in reversed(workers):  # the first is where the others report to
             worker.stop()
@@ -113,6 +123,14 @@ def measure(workers: Sequence['Worker'], name: str) -> Sample:
         worker.send(name)
     walls, cores = zip(*(worker.answer() for worker in workers), strict=True)
     return Sample(max(walls), sum(cores))
+
+
+def measure_together(workers: Sequence['Worker'], name: str) -> Sample:
+    """Runs a job in all processes at once, each for itself, and returns the mean of what it took them."""
+    for worker in workers:
+        worker.send(name)
+    walls, cores = zip(*(worker.answer() for worker in workers), strict=True)
+    return Sample(statistics.mean(walls), statistics.mean(cores))
 
 
 def build_stage(args: Mapping[str, Any], meeting: str, stage: int) -> tuple[Jobs, dict[str, Any]]:
@@ -184,6 +202,7 @@ def summary(
         'pipeline_to_ideal': times['pipeline'] / ideal,
         'one_stage_to_plain': times['one_stage'] / times['plain'],
         'speedup': times['one_stage'] / times['pipeline'],
+        'together_to_alone': times['one_stage_together'] / times['one_stage'],
         'core_one_stage_to_plain': cores['one_stage'] / cores['plain'],
         'core_share': cores['one_stage'] / times['one_stage'],
     }
@@ -237,7 +256,7 @@ def show(result: Mapping[str, Any]) -> str:
         f'recompute {args["recompute"]}; medians of {args["rounds"]} rounds',
         '',
     ]
-    rows = [('a micro-batch in one stage alone', 'forward', 'forward + backward', 'both ticks')]
+    rows = [('a micro-batch in one stage', 'forward', 'forward + backward', 'both ticks')]
     for stage, (both, load) in enumerate(zip(result['both'], result['works'], strict=True)):
         forward = _ms(result['forward'][stage]) if stage < stages - 1 else '-'
         rows.append((f'stage {stage}', forward, _ms(both), _ms(sum(load))))
@@ -259,6 +278,7 @@ def show(result: Mapping[str, Any]) -> str:
     lines.append(_verdict(f'{stages} stages ÷ ideal', result['pipeline_to_ideal'], TARGETS['pipeline']))
     lines.append(_verdict('one stage ÷ plain step', result['one_stage_to_plain'], TARGETS['one_stage']))
     lines.append(f'{stages} stages are {result["speedup"]:.2f} × as fast as one')
+    lines.append(f'one stage takes {result["together_to_alone"]:.2f} × as long while {stages} cores do the same')
     share = result['core_share']
     busy = '' if share >= IDLE else '; the machine was busy with something else, wall-clock times say little'
     lines.append(f'the one-device process had {share:.0%} of a core{busy}')

@@ -81,7 +81,8 @@ def sampled(**seconds):
 
 def test_summary_and_text():
     args = parsed('pipeline', '--accumulation=4', '--rounds=3')
-    samples = sampled(pipeline=22.0, one_stage=30.0, plain=25.0, forward_0=4.0, both_0=12.0, both_1=20.0, optimizer=8.0)
+    samples = sampled(pipeline=22.0, one_stage=30.0, plain=25.0, one_stage_together=33.0, optimizer=8.0)
+    samples |= sampled(forward_0=4.0, both_0=12.0, both_1=20.0)
     found = pipeline.summary(args, samples, 'block4a', [30, 10])
     # As in test_parts_of_the_ideal_add_up, and 2 for the optimizer, of which the larger stage has three quarters.
     assert found['ideal'] == 16 + 2 + 2 + 4 + 1.5
@@ -91,6 +92,7 @@ def test_summary_and_text():
     text = pipeline.show(json.loads(json.dumps(found)))
     assert '2 stages ÷ ideal: 0.863 (target 1.15, met)' in text
     assert 'one stage ÷ plain step: 1.200 (target 1.02, missed)' in text
+    assert 'one stage takes 1.10 × as long while 2 cores do the same' in text
     assert 'busy' not in text
     slow = [Sample(30.0, 10.0)] * 3
     assert 'busy' in pipeline.show(pipeline.summary(args, samples | {'one_stage': slow}, 'block4a', [30, 10]))
