@@ -137,7 +137,8 @@ def test_what_is_compared_is_trained_and_differs(name):
         assert key not in seen, (run.name, seen.get(key))
         seen[key] = run.name
         if config:
-            assert config['precision.policy'] == ('16.16' if run.name.startswith('16.16') else '32.32')
+            narrow = run.name.endswith((' stochastic', ' nearest'))
+            assert config['precision.policy'] == (run.name.split()[0] if narrow else '32.32')
     folders = {run.workdir for run in runs.plan(scale, every, every, pathlib.Path('/x'), ())}
     assert len(folders) == len(seen) == len(every) * scale.seeds
     assert scale.seeds >= verdicts.ENOUGH
