@@ -4,6 +4,8 @@ python -m experiments.benchmark train_step --model=b0 --group_size=1 --norm=batc
 python -m experiments.benchmark pipeline --rounds=10
 python -m experiments.benchmark input --photos=DIR
 python -m experiments.benchmark memory --model=b0 --image_size=128 --json
+python -m experiments.benchmark growth --plot=growth.png
+python -m experiments.benchmark start --config=configs/digits.py
 """
 
 import argparse
@@ -11,10 +13,17 @@ import json
 import sys
 
 from efficientnet.errors import ConfigError, RunError, leave
-from experiments.benchmark import host_input, memory, pipeline, train_step
+from experiments.benchmark import growth, host_input, memory, pipeline, start, train_step
 from input_pipeline.errors import DataError
 
-BENCHMARKS = {'train_step': train_step, 'pipeline': pipeline, 'memory': memory, 'input': host_input}
+BENCHMARKS = {
+    'train_step': train_step,
+    'growth': growth,
+    'pipeline': pipeline,
+    'memory': memory,
+    'input': host_input,
+    'start': start,
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

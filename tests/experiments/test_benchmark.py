@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 import input_pipeline
-from efficientnet.errors import ConfigError
+from efficientnet.errors import ConfigError, RunError
 from efficientnet.model.scaling import model_spec
 from efficientnet.parallel.pipeline import timetable
 from experiments.benchmark import __main__ as command
-from experiments.benchmark import host_input, memory, pipeline, resume, setup, sides, train_step
+from experiments.benchmark import growth, host_input, memory, pipeline, resume, setup, sides, start, train_step
 from experiments.benchmark.pipeline import Sample, Work, ideal_parts, walk, work
 
 TINY = ('--model=b0', '--width=0.25', '--depth=0.1', '--image_size=32', '--micro_batch=2', '--accumulation=2')
@@ -139,6 +139,55 @@ def test_train_step_summary_and_text():
     assert evaluated['flops_per_second'] == {'ours': 2 * 100 * 8.0}
 
 
+def test_growth_summary_text_and_picture(tmp_path):
+    args = parsed('growth', '--rounds=3')
+    axes = {'micro_batch': [4, 8], 'accumulation': [1, 4], 'image_size': [64], 'model': ['b0', 'b1']}
+    work = {'common': 10.0} | {str(point): 10.0 for point in growth.points(axes)}
+    work |= {'micro_batch 4': 5.0, 'accumulation 4': 40.0, 'model b1': 15.0}
+    seconds = {name: work[name] / 10 for name in work} | {
+        'loop': 1.25,
+        'optimizer 32.32': 0.01,
+        'optimizer 16.16': 0.04,
+    }
+    seconds |= {'micro_batch 4': 0.6, 'accumulation 4': 4.4}
+    found = growth.summary(args, axes, seconds, work)
+    assert found['axes']['micro_batch'][0] == {'value': 4, 'seconds': 0.6, 'ideal': 0.5}
+    assert found['axes']['model'][1] == {'value': 'b1', 'seconds': 1.5, 'ideal': 1.5}
+    assert found['accumulation'] == 4.4 / 4
+    assert found['optimizer'] == {'32.32': 0.01, '16.16': 0.04}
+    assert found['host'] == pytest.approx(0.2)
+    text = growth.show(json.loads(json.dumps(found)))
+    assert ['micro_batch', '4', '600.0', '500.0', '1.20'] in [line.split() for line in text.splitlines()]
+    assert 'a micro-batch of 4 in an update ÷ one of 1: 1.100 (target 1.03, missed)' in text
+    assert 'optimizer and rounding in 32.32 ÷ the update: 1.0% (target 3%, met)' in text
+    assert "the host's part of the training loop: 20.0% (target 1%, missed)" in text
+    growth.draw(found, tmp_path / 'growth.png')
+    with Image.open(tmp_path / 'growth.png') as picture:
+        assert picture.size == (900, 600)
+    with pytest.raises(ConfigError, match='cannot be written'):
+        growth.draw(found, tmp_path / 'growth.nonsense')
+
+
+def test_start_is_timed_by_what_is_printed():
+    lines = {'data, checks': 5.0, 'folder, checkpoints': 5.5, 'programs, weights, first update': 9.0}
+    seconds = start.phases(2.0, lines)
+    assert list(seconds.values()) == [2.0, 3.0, 0.5, 3.5]
+    text = start.show({'flags': {'config': 'x.py'}, 'seconds': seconds, 'total': sum(seconds.values())})
+    assert ['imports', '2.0', '22%'] in [line.split() for line in text.splitlines()]
+    assert 'target 10 s, met' in text
+
+
+def test_start_waits_for_the_first_update_and_no_longer():
+    said = "print('model b0', flush=True); time.sleep(0.2); print('compiling …'); print('epoch 1', flush=True)"
+    began = time.perf_counter()
+    found = start.time_lines([sys.executable, '-c', f'import time; {said}; time.sleep(60)'])
+    assert time.perf_counter() - began < 30
+    assert list(found) == list(start.PHASES)
+    assert found['data, checks'] + 0.2 <= found['folder, checkpoints'] <= found['programs, weights, first update']
+    with pytest.raises(RunError, match='ended before its first update: no such field'):
+        start.time_lines([sys.executable, '-c', "import sys; print('model b0'); sys.exit('no such field')"])
+
+
 def test_layers_are_those_of_the_blocks_once():
     layers = sides.distinct_layers(model_spec('b0', width=0.25, depth=0.3, group_size=16), 32)
     assert len(set(layers)) == len(layers)
@@ -156,6 +205,11 @@ def test_layers_are_those_of_the_blocks_once():
         (['train_step', '--steps=0'], '--steps=0 must be at least 1'),
         (['train_step', '--recompute=stage'], "--recompute='stage' must be one of none, block"),
         (['pipeline', '--stages=1'], '--stages=1 must be at least 2; one stage is measured beside them'),
+        (['growth', '--micro_batches=1,x'], "--micro_batches='1,x' must be whole numbers above 0"),
+        (['growth', '--models='], "--models='' must be names"),
+        (['growth', '--steps=0'], '--steps=0 must be at least 1'),
+        (['growth', '--plot=/nowhere/a.png'], '--plot=/nowhere/a.png: there is no folder /nowhere'),
+        (['start', '--rounds=0'], '--rounds=0 must be at least 1'),
         (['pipeline', '--rounds=0'], '--rounds=0 must be at least 1'),
         (['input', '--batch=0'], '--batch=0 must be at least 1'),
         (['input', '--resume_cost', '--records=0'], '--records=0 must be at least 1'),
@@ -267,6 +321,24 @@ def test_tiny_pipeline():
     assert found['ideal'] > 0
     assert all(low <= found['seconds'][name] <= high for name, (low, high) in found['range'].items())
     assert found['one_stage_to_plain'] < 3
+
+
+@pytest.mark.slow
+def test_tiny_growth():
+    sizes = ('--micro_batches=2', '--accumulations=1,2', '--image_sizes=32', '--models=b0')
+    found = json.loads(run('growth', *TINY, *sizes, '--rounds=1', '--steps=1', '--json'))
+    assert [len(rows) for rows in found['axes'].values()] == [1, 2, 1, 1]
+    assert found['axes']['accumulation'][0]['ideal'] == found['seconds'] / 2  # two micro-batches in common
+    assert min(found['optimizer'].values()) > 0
+
+
+@pytest.mark.slow
+def test_tiny_start():
+    found = json.loads(
+        run('start', '--rounds=1', '--json', '--', '--config.model.depth=0.1', '--config.model.width=0.25')
+    )
+    assert min(found['seconds'].values()) > 0
+    assert found['total'] == pytest.approx(sum(found['seconds'].values()))
 
 
 @pytest.mark.slow

@@ -1,0 +1,275 @@
+"""How an update's time grows with its work, and what is spent beside the network.
+
+One thing at a time is changed: micro-batch, accumulation count, image size, model. The ideal is the time of the update
+that all four have in common, times the work: multiply-adds of the network, all images. Everything is compiled in one
+process, the update that training runs each time, and rounds go through all of them in turn, so that what else the
+machine does falls on all alike; medians count.
+
+Beside the network there are the optimizer with its rounding, measured alone in 32.32 and in 16.16, and the host: the
+loop that training runs, which takes real batches from the input pipeline and reads metrics one update late, is
+compared with the same update called again and again on one batch. The first run compiles for minutes.
+"""
+
+import argparse
+import itertools
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from efficientnet.errors import ConfigError
+from experiments.benchmark.setup import (
+    add_model_flags,
+    check_flags,
+    describe,
+    make_config,
+    progress,
+    random_batch,
+    start_jax,
+    table,
+)
+from experiments.benchmark.workers import Jobs, Worker
+
+if TYPE_CHECKING:
+    from efficientnet.loop.assemble import Parts
+
+AXES = {  # flags that are changed one at a time, the flag with the values of each, and their default
+    'micro_batch': ('micro_batches', '1,2,4,8,16'),
+    'accumulation': ('accumulations', '1,2,4,8'),
+    'image_size': ('image_sizes', '32,64,96,128'),
+    'model': ('models', 'b0,b1,b2,b3'),
+}
+POLICIES = ('32.32', '16.16')  # that the optimizer is measured in
+TARGETS = {'accumulation': 1.03, 'optimizer': 0.03, 'host': 0.01}  # the largest of each that will do
+
+
+class Point(NamedTuple):
+    """An update that is measured: a flag and its value, with all others as given."""
+
+    flag: str
+    value: Any
+
+    def __str__(self) -> str:
+        return f'{self.flag} {self.value}'
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the benchmark's flags."""
+    add_model_flags(parser, model='b0', image_size=64, micro_batch=8, accumulation=1)
+    for name, (plural, values) in AXES.items():
+        parser.add_argument(f'--{plural}', default=values, help=f'values that --{name} takes in turn (%(default)s)')
+    parser.add_argument('--optimizer', default='lars', help="'lars', 'rmsprop' or 'sgd' (%(default)s)")
+    parser.add_argument('--rounds', type=int, default=5, help='times that everything is measured (%(default)s)')
+    parser.add_argument('--steps', type=int, default=3, help='updates a round (%(default)s)')
+    parser.add_argument('--plot', type=pathlib.Path, help='picture to draw, such as growth.png')
+
+
+def run(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Measures and returns seconds an update and how they compare with the work.
+
+    Raises:
+        ConfigError: A flag is out of range, or the picture cannot be written.
+    """
+    args = dict(args)
+    plot = args.pop('plot', None)
+    check_flags(args)
+    if args['steps'] < 1:
+        raise ConfigError(f'--steps={args["steps"]} must be at least 1')
+    axes = {name: parse_values(name, args[plural]) for name, (plural, _) in AXES.items()}
+    if plot and not plot.absolute().parent.is_dir():
+        raise ConfigError(f'--plot={plot}: there is no folder {plot.parent}')
+    worker = Worker(build, args, axes)
+    try:
+        work = worker.answer()['work']
+        jobs = ['common', 'loop', *map(_optimizer_name, POLICIES), *map(str, points(axes))]
+        progress(f'{args["rounds"]} rounds …')
+        rounds = [{job: worker.run(job)[0] for job in jobs} for _ in range(-1, args['rounds'])]
+    finally:
+        worker.stop()
+    seconds = {job: statistics.median(each[job] for each in rounds[1:]) / args['steps'] for job in jobs}
+    result = summary(args, axes, seconds, work)
+    if plot:
+        draw(result, plot)
+    return result
+
+
+def parse_values(name: str, text: str) -> list[Any]:
+    """Reads the values of an axis.
+
+    Raises:
+        ConfigError: There are none, or numbers that are not above 0.
+    """
+    values = [part.strip() for part in text.split(',')]
+    if name == 'model' and all(values):
+        return values
+    if not all(value.isdecimal() and int(value) for value in values):
+        kind = 'names' if name == 'model' else 'whole numbers above 0'
+        plural, example = AXES[name]
+        raise ConfigError(f'--{plural}={text!r} must be {kind} with commas between them, such as {example}')
+    return [int(value) for value in values]
+
+
+def points(axes: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """Returns the updates of all axes in turn."""
+    return list(itertools.starmap(Point, ((name, value) for name, values in axes.items() for value in values)))
+
+
+def build(args: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> tuple[Jobs, dict[str, Any]]:
+    """Compiles every update; a job makes `--steps` of them."""
+    start_jax(1)
+    import jax
+
+    from efficientnet.loop.assemble import assemble
+    from efficientnet.loop.host_memory import retire_pieces
+    from experiments.benchmark.plain import make_weight_update
+
+    def parts_of(**changes: Any) -> 'Parts':
+        config = make_config({**args, **changes})
+        config.optimizer.name = args['optimizer']
+        return assemble(config)
+
+    states: dict[str, Any] = {}  # before the first update; the same for all sizes of a model
+    jobs, work = {}, {}
+    for name, changes in [('common', {}), *((str(point), {point.flag: point.value}) for point in points(axes))]:
+        progress(f'compiling {name} …')
+        parts, model = parts_of(**changes), changes.get('model', args['model'])
+        if model not in states:
+            states[model] = jax.device_get(parts.init_state())
+        jobs[name] = _updates(parts, states[model], args['steps'])
+        work[name] = _work(parts)
+        if name == 'common':
+            jobs['loop'] = _updates(parts, states[model], args['steps'], loop=True)
+    for policy in POLICIES:
+        update = make_weight_update(parts_of(policy=policy))
+        jobs[_optimizer_name(policy)] = lambda update=update: [update() for _ in range(args['steps'])] and None
+    for job in jobs.values():
+        job()  # compiles what is not compiled yet
+    retire_pieces()
+    return jobs, {'work': work}
+
+
+def summary(
+    args: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], seconds: Mapping[str, float], work: Mapping[str, float]
+) -> dict[str, Any]:
+    """Returns what the benchmark found.
+
+    Args:
+        args: The flags.
+        axes: Values by flag.
+        seconds: Of an update by job; of 'loop' with what the host does, of the others without.
+        work: Multiply-adds of an update, by job.
+    """
+    common = seconds['common']
+    rows = {
+        flag: [
+            {
+                'value': value,
+                'seconds': seconds[str(Point(flag, value))],
+                'ideal': common * work[str(Point(flag, value))] / work['common'],
+            }
+            for value in values
+        ]
+        for flag, values in axes.items()
+    }
+    few, many = (choose(rows['accumulation'], key=lambda row: row['value']) for choose in (min, max))
+    return {
+        'benchmark': 'growth',
+        'flags': dict(args),
+        'seconds': common,
+        'axes': rows,
+        'accumulation': many['seconds'] / many['value'] / (few['seconds'] / few['value']),
+        'optimizer': {policy: seconds[_optimizer_name(policy)] / common for policy in POLICIES},
+        'host': 1 - common / seconds['loop'],
+    }
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """Returns a table of all updates, and what is spent beside the network."""
+    lines = [f'{describe(result["flags"])}: {1000 * result["seconds"]:,.1f} ms an update', '']
+    table_rows = [('changed', 'ms an update', 'ideal', 'measured ÷ ideal')]
+    for flag, rows in result['axes'].items():
+        for row in rows:
+            numbers = (f'{1000 * row["seconds"]:,.1f}', f'{1000 * row["ideal"]:,.1f}')
+            table_rows.append((f'{flag} {row["value"]}', *numbers, f'{row["seconds"] / row["ideal"]:.2f}'))
+    lines += [table(table_rows), '']
+    counts = [row['value'] for row in result['axes']['accumulation']]
+    what = f'a micro-batch of {max(counts)} in an update ÷ one of {min(counts)}'
+    lines.append(_verdict(what, f'{result["accumulation"]:.3f}', result['accumulation'], 'accumulation'))
+    for policy, share in result['optimizer'].items():
+        lines.append(_verdict(f'optimizer and rounding in {policy} ÷ the update', f'{share:.1%}', share, 'optimizer'))
+    lines.append(_verdict("the host's part of the training loop", f'{result["host"]:.1%}', result['host'], 'host'))
+    return '\n'.join(lines)
+
+
+def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Draws a chart an axis: measured times and the ideal line.
+
+    Raises:
+        ConfigError: The picture cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout='constrained')
+    for axes, (flag, rows) in zip(figure.subplots(2, 2).flat, result['axes'].items(), strict=True):
+        values = [row['value'] for row in rows]
+        places = range(len(values)) if flag == 'model' else values
+        axes.plot(places, [1000 * row['ideal'] for row in rows], '--', color='tab:gray', label='ideal')
+        axes.plot(places, [1000 * row['seconds'] for row in rows], 'o-', color='tab:blue', label='measured')
+        axes.set_yscale('log', base=2)
+        if flag != 'model':
+            axes.set_xscale('log', base=2)
+        axes.set_xticks(places, values)
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter('{x:,.0f}')
+        axes.set(xlabel=flag.replace('_', ' '), ylabel='ms an update')
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(describe(result['flags']), fontsize=10)
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'--plot={path} cannot be written: {error}') from None
+
+
+def _updates(parts: 'Parts', start: Any, steps: int, *, loop: bool = False) -> Callable[[], None]:
+    """Some weight updates: on one batch of noise, or as the training loop makes them."""
+    import jax
+
+    from efficientnet.loop.programs import compile_update
+
+    grid, update = parts.grid, compile_update(parts)
+    state, flag = grid.place(start), grid.flag(False)
+    if loop:
+        batches = grid.prefetch(parts.train_batches(0), parts.config.input.prefetch)
+    else:
+        batches = itertools.repeat(grid.shard(random_batch(parts)))
+
+    def job() -> None:
+        nonlocal state
+        waiting = None
+        for batch in itertools.islice(batches, steps):
+            state, metrics = update(state, batch, flag)
+            if loop and waiting:
+                jax.device_get(waiting)
+            waiting = metrics
+        jax.block_until_ready((state, waiting))
+
+    return job
+
+
+def _work(parts: 'Parts') -> float:
+    """Multiply-adds of the network for a global batch."""
+    from efficientnet.model.costs import block_costs
+
+    costs = block_costs(parts.model.spec, parts.config.image_size, norm=parts.config.model.norm)
+    return float(parts.grid.layout.global_batch * sum(block.macs for block in costs))
+
+
+def _optimizer_name(policy: str) -> str:
+    return f'optimizer {policy}'
+
+
+def _verdict(what: str, text: str, value: float, target: str) -> str:
+    most = TARGETS[target]
+    limit = f'{most:.0%}' if most < 1 else f'{most:.2f}'
+    return f'{what}: {text} (target {limit}, {"met" if value <= most else "missed"})'
