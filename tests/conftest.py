@@ -4,6 +4,7 @@ Strict dtype promotion turns a silent 16-bit -> fp32 upcast into an error, rank 
 same for accidental broadcasting, and eight virtual CPU devices stand in for a machine with accelerators.
 """
 
+import gc
 import os
 import pathlib
 
@@ -17,8 +18,22 @@ os.environ.setdefault('XLA_FLAGS', ' '.join(f'--xla_{flag}' for flag in QUICK))
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'xla')
 
 import jax
+import pytest
 
 jax.config.update('jax_num_cpu_devices', int(os.environ.get('TEST_DEVICES', '8')))
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+# Every compiled program takes memory mappings, of which Linux lets a process have 65,530; without any left it crashes.
+MAPPINGS = pathlib.Path('/proc/self/maps')
+MANY = 20_000
+
+
+@pytest.fixture(autouse=True)
+def _few_mappings():
+    """Forgets compiled programs when there are many."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b'\n') > MANY:
+        jax.clear_caches()
+        gc.collect()
