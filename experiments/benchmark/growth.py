@@ -1,9 +1,9 @@
 """How an update's time grows with its work, and what is spent beside the network.
 
 One thing at a time is changed: micro-batch, accumulation count, image size, model. The ideal is the time of the update
-that all four have in common, times the work: multiply-adds of the network, all images. Everything is compiled in one
-process, the update that training runs each time, and rounds go through all of them in turn, so that what else the
-machine does falls on all alike; medians count.
+that all four have in common, times the work: multiply-adds of the network, all images. It is the update that training
+runs each time, and rounds go through all of them in turn, so that what else the machine does falls on all alike;
+medians count. Each of the four has a process of its own: programs take memory mappings, of which one has only so many.
 
 Beside the network there are the optimizer with its rounding, measured alone in 32.32 and in 16.16, and the host: the
 loop that training runs, which takes real batches from the input pipeline and reads metrics one update late, is
@@ -28,7 +28,7 @@ from experiments.benchmark.setup import (
     start_jax,
     table,
 )
-from experiments.benchmark.workers import Jobs, Worker
+from experiments.benchmark.workers import Jobs, Worker, repeat
 
 if TYPE_CHECKING:
     from efficientnet.loop.assemble import Parts
@@ -78,14 +78,18 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
     axes = {name: parse_values(name, args[plural]) for name, (plural, _) in AXES.items()}
     if plot and not plot.absolute().parent.is_dir():
         raise ConfigError(f'--plot={plot}: there is no folder {plot.parent}')
-    worker = Worker(build, args, axes)
+    workers, jobs, work = [], {}, {}
     try:
-        work = worker.answer()['work']
-        jobs = ['common', 'loop', *map(_optimizer_name, POLICIES), *map(str, points(axes))]
+        for build, given in ((build_common, ()), *((build_points, (points(name, axes[name]),)) for name in axes)):
+            workers.append(Worker(build, args, *given))
+            found = workers[-1].answer()
+            work |= found['work']
+            jobs |= dict.fromkeys(found['jobs'], workers[-1])
         progress(f'{args["rounds"]} rounds …')
-        rounds = [{job: worker.run(job)[0] for job in jobs} for _ in range(-1, args['rounds'])]
+        rounds = [{job: worker.run(job)[0] for job, worker in jobs.items()} for _ in range(-1, args['rounds'])]
     finally:
-        worker.stop()
+        for worker in workers:
+            worker.stop()
     seconds = {job: statistics.median(each[job] for each in rounds[1:]) / args['steps'] for job in jobs}
     result = summary(args, axes, seconds, work)
     if plot:
@@ -109,43 +113,42 @@ def parse_values(name: str, text: str) -> list[Any]:
     return [int(value) for value in values]
 
 
-def points(axes: Mapping[str, Sequence[Any]]) -> list[Point]:
-    """Returns the updates of all axes in turn."""
-    return list(itertools.starmap(Point, ((name, value) for name, values in axes.items() for value in values)))
+def points(flag: str, values: Sequence[Any]) -> list[Point]:
+    """Returns the updates of an axis."""
+    return [Point(flag, value) for value in values]
 
 
-def build(args: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> tuple[Jobs, dict[str, Any]]:
-    """Compiles every update; a job makes `--steps` of them."""
+def build_common(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
+    """The update that all axes have in common, the training loop with it, and the optimizer."""
     start_jax(1)
     import jax
 
-    from efficientnet.loop.assemble import assemble
-    from efficientnet.loop.host_memory import retire_pieces
     from experiments.benchmark.plain import make_weight_update
 
-    def parts_of(**changes: Any) -> 'Parts':
-        config = make_config({**args, **changes})
-        config.optimizer.name = args['optimizer']
-        return assemble(config)
-
-    states: dict[str, Any] = {}  # before the first update; the same for all sizes of a model
-    jobs, work = {}, {}
-    for name, changes in [('common', {}), *((str(point), {point.flag: point.value}) for point in points(axes))]:
-        progress(f'compiling {name} …')
-        parts, model = parts_of(**changes), changes.get('model', args['model'])
-        if model not in states:
-            states[model] = jax.device_get(parts.init_state())
-        jobs[name] = _updates(parts, states[model], args['steps'])
-        work[name] = _work(parts)
-        if name == 'common':
-            jobs['loop'] = _updates(parts, states[model], args['steps'], loop=True)
+    progress('compiling what all have in common …')
+    parts = _parts(args)
+    start = jax.device_get(parts.init_state())
+    jobs = {
+        'common': _updates(parts, start, args['steps']),
+        'loop': _updates(parts, start, args['steps'], loop=True),
+    }
     for policy in POLICIES:
-        update = make_weight_update(parts_of(policy=policy))
-        jobs[_optimizer_name(policy)] = lambda update=update: [update() for _ in range(args['steps'])] and None
-    for job in jobs.values():
-        job()  # compiles what is not compiled yet
-    retire_pieces()
-    return jobs, {'work': work}
+        jobs[_optimizer_name(policy)] = repeat(make_weight_update(_parts(args, policy=policy)), args['steps'])
+    return _ready(jobs), {'work': {'common': _work(parts)}}
+
+
+def build_points(args: Mapping[str, Any], axis: Sequence[Point]) -> tuple[Jobs, dict[str, Any]]:
+    """The updates of an axis; a job makes `--steps` of them."""
+    start_jax(1)
+    import jax
+
+    jobs, work = {}, {}
+    for point in axis:
+        progress(f'compiling {point} …')
+        parts = _parts(args, **{point.flag: point.value})
+        jobs[str(point)] = _updates(parts, jax.device_get(parts.init_state()), args['steps'])
+        work[str(point)] = _work(parts)
+    return _ready(jobs), {'work': work}
 
 
 def summary(
@@ -229,6 +232,24 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:
         raise ConfigError(f'--plot={path} cannot be written: {error}') from None
+
+
+def _parts(args: Mapping[str, Any], **changes: Any) -> 'Parts':
+    from efficientnet.loop.assemble import assemble
+
+    config = make_config({**args, **changes})
+    config.optimizer.name = args['optimizer']
+    return assemble(config)
+
+
+def _ready(jobs: Jobs) -> Jobs:
+    """Runs each job once, so that everything is compiled."""
+    from efficientnet.loop.host_memory import retire_pieces
+
+    for job in jobs.values():
+        job()
+    retire_pieces()
+    return jobs
 
 
 def _updates(parts: 'Parts', start: Any, steps: int, *, loop: bool = False) -> Callable[[], None]:

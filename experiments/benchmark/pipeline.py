@@ -44,7 +44,7 @@ from experiments.benchmark.setup import (
     start_jax,
     table,
 )
-from experiments.benchmark.workers import Jobs, Worker
+from experiments.benchmark.workers import Jobs, Worker, repeat
 
 if TYPE_CHECKING:
     from efficientnet.loop.assemble import Parts
@@ -155,7 +155,7 @@ def build_single(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
     batch = jax.tree.map(jax.numpy.asarray, random_batch(parts))
     jobs = {'one_stage': _update_job(parts, 0), 'plain': plain.make_step(parts, batch)}
     jobs |= plain.make_stages(pipelined, parts.init_variables(), batch)
-    jobs['optimizer'] = _repeat(plain.make_weight_update(parts), args['accumulation'])
+    jobs['optimizer'] = repeat(plain.make_weight_update(parts), args['accumulation'])
     for job in jobs.values():
         job()  # compiles what is not compiled yet
     retire_pieces()
@@ -327,14 +327,6 @@ def _update_job(parts: 'Parts', stage: int) -> Callable[[], None]:
         jax.block_until_ready((state, metrics))
 
     return job  # not run yet: the stages find each other at the first collective, which does not wait for compilers
-
-
-def _repeat(piece: Callable[[], None], times: int) -> Callable[[], None]:
-    def job() -> None:
-        for _ in range(times):
-            piece()
-
-    return job
 
 
 def _verdict(name: str, ratio: float, target: float) -> str:

@@ -56,6 +56,16 @@ class Worker:
         self._process.join()
 
 
+def repeat(piece: Callable[[], None], times: int) -> Callable[[], None]:
+    """Returns a job that does something several times."""
+
+    def job() -> None:
+        for _ in range(times):
+            piece()
+
+    return job
+
+
 def _serve(pipe: Any, build: Callable, given: Sequence[Any]) -> None:
     """What a worker's process does."""
     os.dup2(2, 1)  # stdout is for the result, and libraries talk there

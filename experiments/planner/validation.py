@@ -4,9 +4,10 @@ Nothing here was used to calibrate; the points that were are in calibration.py. 
 second-hand. This machine's rows come from the stored results of
 
   python -m experiments.planner --calibrate
-  python -m experiments.benchmark pipeline --rounds=6 --micro_batch=M --accumulation=N --json
+  python -m experiments.benchmark pipeline --rounds=6 --image_size=S --micro_batch=M --accumulation=N --json
 
-in `results/`, of which only the former's update in one stage is used to predict the latter's times.
+in `results/`, of which only the former's update in one stage is used to predict the latter's times. Blocks were timed
+at one image size; at others they are counted.
 """
 
 import dataclasses
@@ -182,13 +183,17 @@ def machine_rows(machine_file: pathlib.Path = MACHINE_FILE, results: pathlib.Pat
             size = f'micro-batch {flags["micro_batch"]} × {flags["accumulation"]}'
             for stages, job in ((1, 'one_stage'), (flags['stages'], 'pipeline')):
                 plan = _measured_plan(machine, flags, found['splits'] if stages > 1 else '', how)
-                what = f'B0 {flags["image_size"]} pixels, {size}, {stages} stages, blocks {how}'
+                if plan is None:
+                    continue
+                count = f'{stages} stage{"s" if stages > 1 else ""}'
+                what = f'B0 {flags["image_size"]} pixels, {size}, {count}, blocks {how}'
                 measured = found['seconds'][job]
                 rows.append(Row(what, 1000 * plan.update_seconds, 1000 * measured, 'ms', 0.15, f'results/{path.name}'))
     return rows
 
 
-def _measured_plan(machine: Machine, flags: dict, splits: str, how: str) -> Plan:
+def _measured_plan(machine: Machine, flags: dict, splits: str, how: str) -> Plan | None:
+    """The plan of an update in one stage or more; None if its blocks should be timed ones and were not timed."""
     workload = Workload(
         **{name: flags[name] for name in BLOCK_FLAGS},
         global_batch=flags['micro_batch'] * flags['accumulation'],
@@ -198,10 +203,11 @@ def _measured_plan(machine: Machine, flags: dict, splits: str, how: str) -> Plan
         schedule=flags['schedule'],
         recompute=flags['recompute'],
     )
-    timed = how == 'timed'
-    blocks = machine.blocks if timed else None
+    blocks, times = (machine.blocks, machine.times(workload)) if how == 'timed' else (None, None)
+    if blocks and not times:
+        return None
     efficiency = solve(machine.system, machine.workload, machine.update_seconds, blocks)
-    return make_plan(machine.system, workload, efficiency, machine.times(workload) if timed else None)
+    return make_plan(machine.system, workload, efficiency, times)
 
 
 def show(rows: Sequence[Row], found: Sequence[Claim]) -> str:

@@ -142,7 +142,7 @@ def test_train_step_summary_and_text():
 def test_growth_summary_text_and_picture(tmp_path):
     args = parsed('growth', '--rounds=3')
     axes = {'micro_batch': [4, 8], 'accumulation': [1, 4], 'image_size': [64], 'model': ['b0', 'b1']}
-    work = {'common': 10.0} | {str(point): 10.0 for point in growth.points(axes)}
+    work = {'common': 10.0} | {str(point): 10.0 for axis in axes.items() for point in growth.points(*axis)}
     work |= {'micro_batch 4': 5.0, 'accumulation 4': 40.0, 'model b1': 15.0}
     seconds = {name: work[name] / 10 for name in work} | {
         'loop': 1.25,

@@ -356,6 +356,10 @@ def test_predictions_on_this_machine(tmp_path):
     assert rows[0].predicted == pytest.approx(500)
     assert rows[0].hit
     assert not rows[1].hit
+    (tmp_path / 'pipeline_larger.json').write_text(json.dumps(result | {'flags': flags | {'image_size': 128}}))
+    more = validation.machine_rows(tmp_path / 'machine.json', tmp_path)
+    assert [row.what.endswith('counted') for row in more] == [False] * 2 + [True] * 4  # nobody timed larger blocks
+    assert more[4].predicted == pytest.approx(500 * (128 / 96) ** 2, rel=0.15)
     text = validation.show(rows, validation.claims())
     assert 'MISSED' in text
     assert text.endswith('8 of 10 predictions hit')
