@@ -162,7 +162,7 @@ def predict(workdir: pathlib.Path, names: Sequence[str], form: str, weights: str
         line
         for name in names
         for line in (sys.stdin.read().replace('\r\n', '\n').split('\n') if name == '-' else [name])
-        if line
+        if line.strip()
     ]
     if not listed:
         raise DataError('no images are named; give files, folders, or - and a list on standard input')
