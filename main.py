@@ -130,12 +130,18 @@ def main() -> None:
         try:
             run(argv)
         except (ConfigError, DataError, RunError) as error:
+            try:
+                sys.stdout.flush()
+            except OSError:  # what is left there can't be written, which the error says
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if speaks(error):
                 leave(error)
             sys.exit(2)
         except BrokenPipeError:  # whoever reads the predictions, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except KeyboardInterrupt:  # while nothing is trained
+            sys.exit(130)
         except Interrupted as error:
             if speaks(error):
                 print(error, flush=True)

@@ -14,6 +14,7 @@ import json
 import operator
 import os
 import pathlib
+import sys
 from typing import Any
 
 import flax
@@ -30,7 +31,7 @@ from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.weights import architectures, naming, state_dicts
 from efficientnet.weights.class_names import imagenet
 from efficientnet.weights.dataset_facts import DatasetFacts, facts_of_json
-from efficientnet.weights.trained import CARD, Trained, config_of, read_run, variable_shapes, write_run
+from efficientnet.weights.trained import CARD, COLUMNS, Trained, config_of, read_run, variable_shapes, write_run
 from input_pipeline.errors import DataError
 
 Tree = Any
@@ -66,16 +67,39 @@ def convert(
         raise ConfigError(
             f'{source} says what its architecture and classes are; leave out --architecture and --classes'
         )
+    overrides = overrides or {}
     if of_run:
-        trained = read_run(source, 'raw' if kind == 'auto' else kind)
-        trained.config.update_from_flattened_dict(overrides or {})
+        trained = read_run(source, 'raw' if kind == 'auto' else kind, field='SOURCE')
+        trained.config.update_from_flattened_dict(overrides)
     elif CARD in found.metadata:
-        trained = _from_card(found, source, kind, overrides or {})
+        trained = _from_card(found, source, kind, overrides)
     else:
-        trained = _from_foreign(found, source, architecture, classes, overrides or {})
+        try:
+            trained = _from_foreign(found, source, architecture, classes, overrides)
+        except ConfigError as error:
+            raise (error if str(source) in str(error) else ConfigError(f'{source}: {error}')) from error
+    trained = _in_own_format(trained, free='precision.policy' not in overrides)
     _check_numbers(trained, source)
     write_run(dest, trained)
     return trained
+
+
+def _in_own_format(trained: Trained, *, free: bool) -> Trained:
+    """Averages are fp32 where the run's weights have 16 bits; what is made of them keeps theirs.
+
+    Args:
+        trained: What is to become a run.
+        free: Whether nobody has said which policy it shall have; weights that are rounded lose their accuracy.
+    """
+    policy = policy_of(trained.config.precision.policy)
+    formats = {leaf.dtype for leaf in flax.traverse_util.flatten_dict(trained.variables['params']).values()}
+    if formats != {np.dtype('float32')} or policy.master == np.float32:
+        return trained
+    if not free:
+        return trained._replace(evaluation={})
+    config = trained.config.copy_and_resolve_references()
+    config.precision.policy = f'{policy.name.partition(".")[0]}.32'
+    return trained._replace(config=config)
 
 
 def _check_numbers(trained: Trained, source: pathlib.Path) -> None:
@@ -86,12 +110,14 @@ def _check_numbers(trained: Trained, source: pathlib.Path) -> None:
     }
     for name, leaf in flax.traverse_util.flatten_dict(trained.variables, sep='.').items():
         kind = formats[name.split('.')[0]]
-        with np.errstate(over='ignore', invalid='ignore'):  # found below
-            stored = leaf.astype(kind).astype(np.float32)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ConfigError(f'{source}: {name} is {leaf.dtype}, not a float format')
+        with np.errstate(over='ignore', invalid='ignore'):  # found below
+            stored = leaf.astype(kind).astype(np.float32)
         if not np.isfinite(stored).all():
             raise ConfigError(f'{source}: {name} has numbers that are not finite in {kind}, in which it is stored')
+        if name.endswith('.var') and (stored < 0).any():
+            raise ConfigError(f'{source}: {name} has variances below 0')
 
 
 def _from_card(found: state_dicts.StateDict, source: pathlib.Path, kind: str, overrides: dict[str, object]) -> Trained:
@@ -100,7 +126,10 @@ def _from_card(found: state_dicts.StateDict, source: pathlib.Path, kind: str, ov
         card = json.loads(found.metadata[CARD])
         dataset = facts_of_json(card['dataset'])
         fields = flatten(card['config'])
-        step, accuracy = operator.index(card['step']), dict(card['accuracy'])
+        step = operator.index(card['step'])
+        accuracy = {name: float(value) for name, value in card['accuracy'].items()}
+        if not 0 <= step < 2**31 or card['weights'] not in COLUMNS:
+            raise ValueError(f'step {step}, weights {card["weights"]!r}')
         trained = Trained(base.get_config(), dataset, {}, card['weights'], step, accuracy)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f'{source}: its model card is damaged ({error!r}); export it again') from error
@@ -146,7 +175,10 @@ def _class_names(found: state_dicts.StateDict, scheme: str, prefix: str, path: p
     bias = naming.entries(['params.head.classifier.bias'], scheme, prefix)['params.head.classifier.bias'].name
     if bias not in found.arrays:
         raise ConfigError(f'there is no {bias}: weights without a classifier cannot be converted')
-    count = len(found.arrays[bias])
+    shape = found.arrays[bias].shape
+    if len(shape) != 1:
+        raise ConfigError(f'{bias} is {shape}, must have one number a class')
+    (count,) = shape
     if path is None and count == len(imagenet()):
         return tuple(imagenet())
     if path is None:
@@ -157,6 +189,9 @@ def _class_names(found: state_dicts.StateDict, scheme: str, prefix: str, path: p
         raise ConfigError(f'--classes={path} cannot be read: {error}') from error
     if len(names) != count:
         raise ConfigError(f'--classes={path} has {len(names)} lines, the classifier has {count} classes')
+    if not all(map(str.strip, names)):
+        number = next(number for number, name in enumerate(names, 1) if not name.strip())
+        raise ConfigError(f'--classes={path}: line {number} is empty, must be the name of a class')
     return names
 
 
@@ -180,7 +215,7 @@ def main() -> None:
     try:  # which looks up the fields on the command line at once
         config = config_flags.DEFINE_config_dict('config', base.get_config(), 'Fields to set in the run that is made.')
     except (AttributeError, KeyError) as error:
-        leave(f'--config has no field {error}; configs/base.py names all')
+        leave(f'--config has no field {error.args[0]}; configs/base.py names all')
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -207,6 +242,8 @@ def main() -> None:
             )
         except (ConfigError, DataError, RunError) as error:
             leave(error)
+        except KeyboardInterrupt:
+            sys.exit(130)
         c = trained.config
         print(
             f'{dest}: {c.model.variant}, group size {c.model.group_size}, norm {c.model.norm}, padding '

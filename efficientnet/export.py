@@ -62,7 +62,7 @@ def export(
     for path in files:
         if os.path.exists(path):  # pathlib's raises for names that are too long
             raise ConfigError(f'{path} exists; give a name that does not')
-    trained = in_policy(read_run(workdir, kind), policy)
+    trained = in_policy(read_run(workdir, kind, field='RUN'), policy)
     card = model_card(trained)
     content = {'safetensors': to_safetensors, 'stablehlo': to_stablehlo, 'onnx': to_onnx}[form](trained, card)
     contents = [content, json.dumps(card, indent=2, ensure_ascii=False).encode()]
@@ -74,7 +74,9 @@ def export(
         for draft, path in zip(drafts, files, strict=True):
             os.replace(draft, path)
     except OSError as error:
-        raise ConfigError(f'{dest} cannot be written: {error.strerror}') from error
+        no_folder = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = f'{error.filename} is no folder' if no_folder else error.strerror
+        raise ConfigError(f'{dest} cannot be written: {reason}') from error
     finally:
         for draft in drafts:
             if os.path.exists(draft):

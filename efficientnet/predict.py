@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficientnet.errors import RunError
 from efficientnet.parallel.accumulation import normalise
 from efficientnet.parallel.grid import compiler_options
 from efficientnet.weights.class_names import readable
@@ -154,7 +155,8 @@ def predict(workdir: pathlib.Path, names: Sequence[str], form: str, weights: str
 
     Raises:
         ConfigError: As `load`.
-        DataError: There are no files to look at.
+        DataError: There are no files to look at, or none that can be read.
+        RunError: The predictions cannot be written.
     """
     from input_pipeline import views  # here: TensorFlow takes seconds to import
 
@@ -175,8 +177,16 @@ def predict(workdir: pathlib.Path, names: Sequence[str], form: str, weights: str
     files = views.find_images(listed, skip)
     if not files:
         raise DataError('there are no images to look at')
-    model = load(workdir, weights)
-    WRITERS[form](model.each(files, 5, skip), out)
+    model, before = load(workdir, weights), len(skipped)
+    try:
+        WRITERS[form](model.each(files, 5, skip), out)
+        out.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(f'the predictions cannot be written: {error.strerror}') from error
+    if len(skipped) - before == len(files):
+        raise DataError('none of the images can be read')
     return len(skipped)
 
 

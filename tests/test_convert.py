@@ -219,6 +219,15 @@ def test_bad_files_are_one_line_and_write_nothing(small, names, tmp_path):
     unnamed = saved(network, tmp_path / 'model.pth')
     short = tmp_path / 'short.txt'
     short.write_text('one\ntwo\n')
+    blank = tmp_path / 'blank.txt'
+    blank.write_text('one\n\nthree\nfour\nfive\nsix\nseven\n')
+    plain = 'is no plain tensor of floats'
+
+    def odd(name, change):
+        path = tmp_path / f'efficientnet_b0_{name}.pth'
+        torch.save(change(dict(network.state_dict())), path)
+        return path
+
     for source, options, words in (
         (cut, {}, 'damaged'),
         (malicious, {}, 'could run code'),
@@ -231,6 +240,15 @@ def test_bad_files_are_one_line_and_write_nothing(small, names, tmp_path):
         (good, {'classes': None}, 'the classifier has 7 classes; name them'),
         (good, {'classes': short}, 'has 2 lines, the classifier has 7'),
         (good, {'kind': 'averaged'}, "no weights 'averaged'"),
+        (good, {'classes': blank}, 'line 2 is empty, must be the name of a class'),
+        (
+            odd('float8', lambda tensors: tensors | {'conv_stem.weight': torch.zeros(3).to(torch.float8_e5m2)}),
+            {},
+            plain,
+        ),
+        (odd('sparse', lambda tensors: tensors | {'classifier.bias': torch.zeros(7).to_sparse()}), {}, plain),
+        (odd('numbers', lambda tensors: {0: torch.zeros(1)}), {}, 'no dictionary of tensors with names'),
+        (odd('scalar', lambda tensors: tensors | {'classifier.bias': torch.zeros(())}), {}, 'one number a class'),
     ):
         with pytest.raises(ConfigError, match=words) as error:
             convert(source, tmp_path / 'run', **({'classes': names, 'overrides': overrides} | options))

@@ -1,6 +1,7 @@
 """What leaves: the same weights bit for bit, and programs that run without this code."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -117,6 +118,30 @@ def test_safetensors_there_and_back_is_bit_identical(tmp_path):
     assert sorted(found.name for found in tmp_path.iterdir()) == ['again', 'half.safetensors', 'out.safetensors', 'run']
 
 
+def test_an_average_stays_in_fp32_and_keeps_its_accuracy(tmp_path):
+    """Averages have 32 bits where the run's weights have 16; as weights of a run of their own they lose none."""
+    run = tiny_trained(precision__policy='16.16')
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float32) / 3, run.variables['params'])
+    average = run._replace(kind='averaged', variables=run.variables | {'params': params})
+    (tmp_path / 'average.safetensors').write_bytes(to_safetensors(average, model_card(average)))
+    convert(tmp_path / 'average.safetensors', tmp_path / 'kept')
+    kept = read_run(tmp_path / 'kept')
+    jax.tree.map(np.testing.assert_array_equal, kept.variables['params'], params)
+    assert (kept.config.precision.policy, kept.kind, kept.evaluation) == ('16.32', 'raw', {'test_accuracy': 0.5})
+    convert(tmp_path / 'average.safetensors', tmp_path / 'rounded', overrides={'precision.policy': '16.16'})
+    rounded = read_run(tmp_path / 'rounded')
+    assert all(leaf.dtype == np.float16 for leaf in jax.tree.leaves(rounded.variables['params']))
+    assert rounded.evaluation == {}  # nobody has evaluated these
+
+
+def test_a_disk_without_room(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
+    with pytest.raises(ConfigError, match=r'/run needs \d+ MB, but there are 0 MB free'):
+        write_run(tmp_path / 'run', tiny_trained())
+    assert not list(tmp_path.iterdir())
+
+
 def test_policies():
     trained = tiny_trained()
     half = in_policy(trained, '16.16')
@@ -136,6 +161,7 @@ def test_numbers_that_a_run_cannot_hold_are_refused(tmp_path):
         (np.nan, np.float32, '32.32', 'head.classifier.kernel has numbers that are not finite in float32'),
         (1e30, np.float32, '16.16', 'head.classifier.kernel has numbers that are not finite in float16'),
         (1, np.int32, '32.32', 'head.classifier.kernel is int32, not a float format'),
+        (1, np.complex64, '32.32', 'head.classifier.kernel is complex64, not a float format'),
     ):
         head = trained.variables['params']['head'] | {'classifier': {'kernel': np.full(kernel.shape, value, dtype)}}
         head['classifier']['bias'] = trained.variables['params']['head']['classifier']['bias']
@@ -150,7 +176,13 @@ def test_a_model_card_that_makes_no_sense_is_refused(tmp_path):
     trained = tiny_trained()
     for change, words in (
         ({'step': 'abc'}, 'its model card is damaged'),
+        ({'step': 2**40}, 'its model card is damaged'),
+        ({'step': -1}, 'its model card is damaged'),
         ({'accuracy': 5}, 'its model card is damaged'),
+        ({'accuracy': {'test_accuracy': 'high'}}, 'its model card is damaged'),
+        ({'weights': 'best'}, 'its model card is damaged'),
+        ({'dataset': {'classes': ['a'], 'image_shape': [8, 8]}}, r'its image_shape is \(8, 8\)'),
+        ({'dataset': {'classes': ['a'], 'image_shape': [0, 8, 3]}}, r'its image_shape is \(0, 8, 3\)'),
         ({'dataset': {'classes': ['a'], 'image_shape': 'zz'}}, 'its model card is damaged'),
         ({'dataset': {'classes': ['a', 7], 'image_shape': None}}, 'not a list of names'),
     ):
@@ -164,3 +196,20 @@ def test_a_model_card_that_makes_no_sense_is_refused(tmp_path):
     with pytest.raises(ConfigError, match='File name too long'):
         convert(tmp_path / 'wrong.safetensors', tmp_path / ('x' * 300))
     assert [path.name for path in tmp_path.iterdir()] == ['wrong.safetensors']
+
+
+def test_variances_below_0_are_refused(trained, tmp_path):
+    stats = jax.tree.map(np.negative, trained.variables['batch_stats'])
+    wrong = trained._replace(variables=trained.variables | {'batch_stats': stats})
+    (tmp_path / 'wrong.safetensors').write_bytes(to_safetensors(wrong, model_card(wrong)))
+    with pytest.raises(ConfigError, match='has variances below 0'):
+        convert(tmp_path / 'wrong.safetensors', tmp_path / 'run')
+
+
+def test_folders_that_are_files_are_named(tmp_path):
+    write_run(tmp_path / 'run', tiny_trained())
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ConfigError, match=r'file/out cannot be written: .*/file is no folder'):
+        export(tmp_path / 'run', tmp_path / 'file' / 'out', 'safetensors')
+    with pytest.raises(ConfigError, match=r'RUN=.*none holds no run'):
+        export(tmp_path / 'none', tmp_path / 'out', 'safetensors')

@@ -1,15 +1,17 @@
 """Prediction on files and arrays: what evaluation sees is what the model is shown."""
 
 import csv
+import errno
 import io
 import json
+import os
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from efficientnet.errors import ConfigError
+from efficientnet.errors import ConfigError, RunError
 from efficientnet.predict import load, predict
 from efficientnet.weights.class_names import imagenet, readable
 from efficientnet.weights.trained import read_run, write_run
@@ -121,7 +123,7 @@ def test_formats(workdir, files, capsys):
 
 
 def test_a_list_on_standard_input(workdir, files, monkeypatch):
-    monkeypatch.setattr('sys.stdin', io.StringIO(f'{files / "1.png"}\r\n\n{files / "0.png"}\n'))
+    monkeypatch.setattr('sys.stdin', io.StringIO(f'{files / "1.png"}\r\n\n  \n{files / "0.png"}\n'))
     out = io.StringIO()
     assert predict(workdir, ['-'], 'json', 'raw', out) == 0
     assert [entry['file'] for entry in json.loads(out.getvalue())] == [str(files / '1.png'), str(files / '0.png')]
@@ -132,8 +134,23 @@ def test_nothing_to_look_at(workdir, tmp_path):
         predict(workdir, [], 'text', 'raw', io.StringIO())
     with pytest.raises(DataError, match='no images to look at'):
         predict(workdir, [str(tmp_path)], 'text', 'raw', io.StringIO())
+    with pytest.raises(DataError, match='none of the images can be read'):
+        predict(workdir, [str(tmp_path / 'none.png')], 'text', 'raw', io.StringIO())
     with pytest.raises(ConfigError, match='holds no run'):
         load(tmp_path)
+
+
+class Full(io.StringIO):
+    """A file on a disk without room."""
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize('form', ['text', 'csv', 'json'])
+def test_predictions_that_cannot_be_written(workdir, files, form):
+    with pytest.raises(RunError, match='the predictions cannot be written: No space left'):
+        predict(workdir, [str(files / '1.png')], form, 'raw', Full())
 
 
 def test_a_folder_without_images_is_left_out(workdir, files, tmp_path, capsys):

@@ -56,15 +56,22 @@ def writing(workdir: pathlib.Path, saved_at: int) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # TensorStore reports a full disk as a ValueError with this text
-        full = isinstance(error, OSError) or 'No space left' in str(error) or 'RESOURCE_EXHAUSTED' in str(error)
-        if not full:
+    except Exception as error:
+        reason = disk_problem(error)
+        if reason is None:
             raise
-        reason = getattr(error, 'strerror', None) or 'No space left on device'
         raise RunError(
             f'writing to {workdir} failed: {reason}; the checkpoint of step {saved_at} is safe: make room, then '
             'the same command goes on from there'
         ) from error
+
+
+def disk_problem(error: Exception) -> str | None:
+    """Returns what is wrong with the disk, or None if the error is of something else."""
+    # TensorStore reports a full disk as a ValueError with such a text.
+    if isinstance(error, OSError) or 'No space left' in str(error) or 'RESOURCE_EXHAUSTED' in str(error):
+        return getattr(error, 'strerror', None) or 'No space left on device'
+    return None
 
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:

@@ -42,8 +42,9 @@ TIMM_VARIANTS = {
 GROUP_NORM = {'model.norm': 'group', 'model.norm_layout': 'contiguous'}
 
 NAME = re.compile(
-    r'(?P<tf>tf_)?efficientnet[-_](?P<variant>b[0-7]|lite[0-4])(_(?P<kind>g\d+_gn|g\d+_evos|gn))?(?![a-z])'
+    r'(?P<tf>tf_)?efficientnet[-_](?P<variant>b[0-7]|lite[0-4])(_(?P<kind>g\d+_gn|g\d+_evos|gn))?(?![a-z0-9])'
 )
+TAG = re.compile(r'(_(ns|ap|aa))?(\.\w+)?')  # of timm, for how weights were trained
 
 
 def find_name(*texts: str) -> str | None:
@@ -66,6 +67,8 @@ def fields_of(scheme: str, name: str) -> Fields:
         ConfigError: It is not known.
     """
     found = NAME.match(name)
+    if found and not TAG.fullmatch(name[found.end() :]):
+        found = None
     variant, kind = (found['variant'], found['kind']) if found else (None, None)
     of_timm = scheme == 'timm' and (not kind or ((variant, kind) in TIMM_VARIANTS and not found['tf']))
     of_others = not kind and not (scheme == 'torchvision' and variant and variant.startswith('lite'))

@@ -46,7 +46,11 @@ def facts_of_json(found: Any) -> DatasetFacts:
     classes, shape = found['classes'], found['image_shape']
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         raise ValueError('its classes are not a list of names')
-    return DatasetFacts(tuple(classes), shape and tuple(map(operator.index, shape)))
+    if shape is not None:
+        shape = tuple(map(operator.index, shape))
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f'its image_shape is {shape}')
+    return DatasetFacts(tuple(classes), shape)
 
 
 def check_classes(workdir: pathlib.Path, facts: DatasetFacts) -> None:

@@ -65,6 +65,8 @@ def read_weights(
     """
     if kind not in ('auto', *KINDS):
         raise ConfigError(f'{kind_field}={kind!r} is unknown; choose one of auto, {", ".join(KINDS)}')
+    if path.is_file():
+        raise ConfigError(f'{field}={path} is a file; make a run of it: python -m efficientnet.convert {path} RUN')
     if not (path / CONFIG).is_file():
         raise ConfigError(f'{field}={path} holds no run: there is no {CONFIG} in it')
     config = flatten(read_stored(path))
@@ -132,7 +134,9 @@ def fit_weights(
         for name, arrays in found.variables.items()
     }
     kept = 'the classifier too' if same_classes else 'a new classifier'
-    return variables, f'start    {found.path}, step {found.step}, weights {found.kind.replace("_", " ")}, {kept}'
+    line = f'start    {found.path}, step {found.step}, weights {found.kind.replace("_", " ")}, {kept}'
+    scaling = _scaling(config, found.config)
+    return variables, f'{line}; pixels are scaled otherwise: {scaling}' if scaling else line
 
 
 def _misfits(
@@ -147,6 +151,13 @@ def _misfits(
             yield f'{name} {wanted[name]} is only here'
         elif given[name][:end] != wanted[name][:end]:
             yield f'{name} is {given[name]} there, {wanted[name]} here'
+
+
+def _scaling(config: ml_collections.ConfigDict, there: Mapping[str, Any]) -> str:
+    """Lists how the scaling of pixels differs: other data may want another, but the weights are used to theirs."""
+    here, there = flatten(config), flatten(base.get_config()) | there
+    names = [name for name in ('augment.mean', 'augment.std') if tuple(here[name]) != tuple(there[name])]
+    return ', '.join(f'{name}={tuple(there[name])} there, {tuple(here[name])} here' for name in names)
 
 
 def _differences(config: ml_collections.ConfigDict, there: Mapping[str, Any], but: tuple[str, ...]) -> str:

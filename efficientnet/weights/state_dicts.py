@@ -4,6 +4,7 @@ import json
 import pathlib
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +64,8 @@ def _read_safetensors(source: pathlib.Path) -> StateDict:
     try:
         with safetensors.safe_open(source, 'numpy') as file:
             names = file.keys()  # not a dictionary: it cannot be iterated over
-            return StateDict({name: file.get_tensor(name) for name in names}, file.metadata() or {}, 'raw')
+            arrays = {name: _array(source, name, file.get_tensor, name) for name in names}
+            return StateDict(arrays, file.metadata() or {}, 'raw')
     except OSError as error:
         raise ConfigError(f'{source} cannot be read: {error.strerror or error}') from error
     except safetensors.SafetensorError as error:
@@ -104,15 +106,25 @@ def _to_numpy(source: pathlib.Path, found: Any) -> dict[str, np.ndarray]:
     import ml_dtypes
     import torch
 
-    if not isinstance(found, dict) or not all(isinstance(leaf, torch.Tensor) for leaf in found.values()):
-        raise ConfigError(f'{source} holds no dictionary of tensors')
-    bits = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # what numpy's own types lack
-    arrays = {}
-    for name, leaf in found.items():
-        own, view = bits.get(leaf.dtype, (leaf.dtype, None))
-        array = leaf.detach().contiguous().view(own).numpy()
-        arrays[name] = array if view is None else array.view(view)
-    return arrays
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(leaf, torch.Tensor) for name, leaf in found.items()
+    ):
+        raise ConfigError(f'{source} holds no dictionary of tensors with names')
+
+    def convert(leaf: torch.Tensor) -> np.ndarray:
+        if leaf.dtype == torch.bfloat16:  # which numpy's own types lack
+            return leaf.detach().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return leaf.detach().contiguous().numpy()
+
+    return {name: _array(source, name, convert, leaf) for name, leaf in found.items()}
+
+
+def _array(source: pathlib.Path, name: str, read: Callable[[Any], np.ndarray], given: Any) -> np.ndarray:
+    """Reads one tensor, which may be quantised, sparse or of another kind that numpy has no array for."""
+    try:
+        return read(given)
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f'{source}: {name} is no plain tensor of floats: {str(error)[:100]}') from error
 
 
 def _read_tensorflow(source: pathlib.Path, kind: str) -> StateDict:
@@ -133,6 +145,6 @@ def timm_config(source: pathlib.Path) -> dict[str, Any]:
     path = source.parent / 'config.json'
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ConfigError(f'{path} is damaged ({error})') from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'{path} cannot be read or is damaged ({error})') from error
     return found if isinstance(found, dict) and isinstance(found.get('architecture'), str) else {}

@@ -18,7 +18,7 @@ from efficientnet.loop.assemble import assemble, make_model
 from efficientnet.loop.checkpoints import Checkpoints
 from efficientnet.loop.reporting import write_json
 from efficientnet.loop.settings import CHECKPOINTS, CONFIG, flatten
-from efficientnet.loop.workdir import writing
+from efficientnet.loop.workdir import disk_problem
 from efficientnet.model.network import EfficientNet
 from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.parallel.train_state import init_state, unpack_state
@@ -62,7 +62,7 @@ class Trained(NamedTuple):
         return make_model(self.config.model, len(self.dataset.classes), compute)
 
 
-def read_run(workdir: pathlib.Path, kind: str = 'raw') -> Trained:
+def read_run(workdir: pathlib.Path, kind: str = 'raw', *, field: str = '--workdir') -> Trained:
     """Reads the newest whole checkpoint of a run; the data set is not needed.
 
     Newer checkpoints that are damaged are named on standard error.
@@ -70,11 +70,12 @@ def read_run(workdir: pathlib.Path, kind: str = 'raw') -> Trained:
     Args:
         workdir: Of the run.
         kind: 'raw', 'averaged' (over epochs) or 'update_average'.
+        field: What a message calls the folder.
 
     Raises:
         ConfigError: There is no run or no checkpoint, it has no such weights, or they don't fit its config.
     """
-    found = read_weights(workdir, kind, field='--workdir', kind_field='--weights')
+    found = read_weights(workdir, kind, field=field, kind_field='--weights')
     config = config_of(found.config, str(workdir / CONFIG))
     for complaint in found.complaints:
         print(f'{complaint}; taking that of step {found.step}', file=sys.stderr)
@@ -133,23 +134,28 @@ def write_run(dest: pathlib.Path, trained: Trained) -> None:
     packed = init_state(trained.variables, np.uint32(0), parts.optimizer, parts.packings, parts.rule)
     state = unpack_state(jax.device_get(packed), parts.packings)._replace(step=np.int32(trained.step))
     facts = {
-        'evaluation': trained.evaluation if trained.kind == 'raw' else {},
-        'evaluated_at': parts.total_steps if trained.kind == 'raw' and trained.evaluation else 0,
+        'evaluation': trained.evaluation,
+        'evaluated_at': parts.total_steps if trained.evaluation else 0,
         'best': {'accuracy': -1.0, 'step': 0},
         'clock': {},
     }
     draft = dest.with_name(f'.{dest.name}.{os.getpid()}')
     try:
         draft.mkdir(parents=True)
-        with writing(draft, 0):
-            write_json(draft / CONFIG, json.loads(json.dumps(parts.config.to_dict())))
-            write_facts(draft, trained.dataset)
-            checkpoints = Checkpoints(draft / CHECKPOINTS, keep=1)
-            checkpoints.save(parts.total_steps, state, facts, None)
-            checkpoints.close()
+        needed, free = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(draft).free
+        if free < needed:
+            raise ConfigError(f'{dest} needs {needed / 1e6:.0f} MB, but there are {free / 1e6:.0f} MB free')
+        write_json(draft / CONFIG, json.loads(json.dumps(parts.config.to_dict())))
+        write_facts(draft, trained.dataset)
+        checkpoints = Checkpoints(draft / CHECKPOINTS, keep=1)
+        checkpoints.save(parts.total_steps, state, facts, None)
+        checkpoints.close()
         draft.rename(dest)
-    except OSError as error:
-        raise ConfigError(f'{error.filename or dest} cannot be written: {error.strerror}') from error
+    except Exception as error:
+        reason = disk_problem(error)
+        if reason is None:
+            raise
+        raise ConfigError(f'{dest} cannot be written: {reason}') from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

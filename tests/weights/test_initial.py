@@ -106,6 +106,14 @@ def test_another_resolution_policy_layout_and_stride(run):
     assert state.step == 0
 
 
+def test_another_scaling_of_pixels_is_said(run):
+    parts = tiny_parts(1, model__norm='batch', augment__mean=(0.0, 0.0, 0.0))
+    _, line = fit(read_weights(run), parts)
+    assert line.endswith(
+        'pixels are scaled otherwise: augment.mean=(123.68, 116.78, 103.94) there, (0.0, 0.0, 0.0) here'
+    )
+
+
 def test_other_classes_draw_a_new_classifier(tmp_path, parts):
     found = save(tmp_path / 'run', parts, classes=7)
     start, line = fit(read_weights(found, 'raw'), parts)
@@ -159,6 +167,9 @@ def test_numbers_that_the_format_cannot_hold(tmp_path, value):
 def test_no_run(tmp_path, run):
     with pytest.raises(ConfigError, match=rf'init_from={tmp_path}/none holds no run: there is no config\.json in it'):
         read_weights(tmp_path / 'none')
+    (tmp_path / 'weights.safetensors').write_text('')
+    with pytest.raises(ConfigError, match=r'is a file; make a run of it: python -m efficientnet\.convert'):
+        read_weights(tmp_path / 'weights.safetensors')
     (tmp_path / 'empty').mkdir()
     shutil.copy(run / 'config.json', tmp_path / 'empty')
     with pytest.raises(ConfigError, match='holds no checkpoint'):

@@ -129,7 +129,14 @@ def test_names_in_file_names():
 
 @pytest.mark.parametrize(
     ('scheme', 'name'),
-    [('timm', 'efficientnet_b8'), ('timm', 'efficientnet_b1_gn'), ('torchvision', 'efficientnet_lite0')],
+    [
+        ('timm', 'efficientnet_b8'),
+        ('timm', 'efficientnet_b10'),
+        ('timm', 'efficientnet_b0_nonsense'),
+        ('timm', 'efficientnet_b0_g8_gnx'),
+        ('timm', 'efficientnet_b1_gn'),
+        ('torchvision', 'efficientnet_lite0'),
+    ],
 )
 def test_unknown_architectures(scheme, name):
     with pytest.raises(ConfigError, match=f"--architecture='{name}' is not known"):
