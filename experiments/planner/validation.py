@@ -95,15 +95,15 @@ PUBLISHED = (
 )
 NVIDIA_PUBLISHED = ((1, 470), (32, 12_908), (64, 25_455))  # GPUs, images/s
 # README, `python -m experiments.benchmark memory`: stages, recomputation, MiB of temporaries that XLA plans a device.
-# One stage without recomputation (1,564) is what `TRAINER.temporaries` is from.
+# One stage without recomputation (2,077) is what `TRAINER.temporaries` is from.
 PLANNED = (
-    (2, 'stage', 1109),
-    (4, 'stage', 882),
-    (1, 'block', 452),
-    (2, 'block', 394),
-    (4, 'block', 403),
-    (2, 'none', 5818),
-    (4, 'none', 5893),
+    (2, 'stage', 1383),
+    (4, 'stage', 1041),
+    (1, 'block', 661),
+    (2, 'block', 446),
+    (4, 'block', 415),
+    (2, 'none', 2482),
+    (4, 'none', 3660),
 )
 
 
