@@ -15,6 +15,7 @@ import logging as builtin_logging
 import os
 import pathlib
 import platform
+import sys
 from typing import Any
 
 import flax
@@ -232,6 +233,8 @@ def main() -> None:
             files = export(workdir, dest, form.value, kind.value, policy.value)
         except ConfigError as error:
             leave(error)
+        except KeyboardInterrupt:
+            sys.exit(130)
         for path in files:
             print(f'{path}: {path.stat().st_size:,} bytes')
 

@@ -286,7 +286,10 @@ def _check_devices() -> None:
         multihost_utils.sync_global_devices('devices')
     except (RuntimeError, ValueError) as error:
         said = next(iter(str(error).splitlines()), '')
-        raise RunError(f'the devices of this process cannot reach those of the others: {said}') from error
+        raise RunError(
+            f'the devices of this process cannot reach those of the others: {said}; between CPUs, the own name of each '
+            'host must lead to an address that the others reach'
+        ) from error
 
 
 def _leave_alone(error: BaseException, watch: 'Watch') -> NoReturn:

@@ -9,7 +9,7 @@ all work, as they do in the pipeline; so as many processes as stages do each par
 longer the update in one stage takes that way than alone.
 
 The ideal time is a walk along the timetable (efficientnet/parallel/pipeline.py) in which every tick takes as long as
-the slowest of its stages does alone, and the optimizer's time for the largest stage. Its parts add up:
+the slowest of its stages does by itself, and the optimizer's time for the largest stage. Its parts add up:
 
 - the network there and back, shared out evenly over the stages;
 - forward again: what stages before the last recompute, likewise;

@@ -72,11 +72,12 @@ def time_lines(command: Sequence[str]) -> dict[str, float]:
         RunError: It ended before.
     """
     found: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    # Errors go to a file: a pipe that nobody reads meanwhile would stop the run once it is full.
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile('w+') as errors:
         workdir = pathlib.Path(folder) / 'run'
         began = time.perf_counter()
         process = subprocess.Popen(
-            [*command, f'--workdir={workdir}'], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [*command, f'--workdir={workdir}'], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=errors
         )
         try:
             for line in process.stdout:
@@ -88,7 +89,9 @@ def time_lines(command: Sequence[str]) -> dict[str, float]:
                     break
         finally:
             process.kill()
-            _, said = process.communicate()
+            process.communicate()
+        errors.seek(0)
+        said = errors.read()
     if len(found) < len(PHASES):
         raise RunError(f'{" ".join(command)} ended before its first update: {" ".join(said.split())[-300:]}')
     return found

@@ -125,9 +125,9 @@ def conclude(claim: Claim, rows: Rows) -> tuple[str, list[Finding]]:
 
 
 def _numbers(rows: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
-    """One number a seed; of a failed run the accuracy of guessing, and nothing where it is not about accuracy."""
+    """One number a seed, where there is one; of a failed run the accuracy of guessing, and of it no other number."""
     guessing = name.startswith('test_accuracy')
-    known = {seed: row for seed, row in rows.items() if guessing or not row['error']}
+    known = {seed: row for seed, row in rows.items() if (guessing if row['error'] else row[name] is not None)}
     return {seed: 1 / row['classes'] if row['error'] else row[name] for seed, row in known.items()}
 
 

@@ -84,6 +84,13 @@ def rows_of(**accuracies):
     )
 
 
+def test_numbers_that_nobody_measured_are_left_out():
+    rows = runs.collect([row('a', 0, 0.8, seconds=None), row('a', 1, 0.9), row('b', 0, 0.7)])
+    found = verdicts.find(Comparison('a', 'b', (-math.inf, 0.0), 'seconds', 'seconds'), rows)
+    assert (found.a.n, found.a.mean, found.b.n) == (1, 11.0, 1)
+    assert verdicts.find(Comparison('a', 'b'), rows).a.n == 2
+
+
 def test_a_failed_run_counts_as_guessing_and_has_no_time():
     rows = runs.collect([*(row('a', seed, 0.8) for seed in range(4)), row('a', 4, None, 'error: not finite')])
     rows |= rows_of(b=[0.7, 0.71, 0.72, 0.73, 0.74])
