@@ -62,16 +62,17 @@ def make_update(
         hold = functools.partial(freezing.hold, frozen=rule.frozen)
         updates = hold(updates, jnp.zeros_like(updates), packings.params)
         optimizer_state = hold(optimizer_state, state.optimizer, packings.params)
-        # What all stages together say. The last has loss and hits; each has its share of the squared norms. These are
-        # not finite where a number is not, or is so large (1e19) that nothing could come of it. The state's flag is
-        # for what only overflows when momentum is rounded to 16 bits.
+        # What all stages together say. The last has loss and hits; each has its share of the squared norms, which are
+        # not finite where a number is not, or is above 1e19. Overflow by rounding to 16 bits shows in the updates,
+        # where it is the weights', and in the optimizer's state.
         squares = {
             'gradient_norm': _sum_of_squares(grads),
             'update_norm': _sum_of_squares(updates),
             'weight_norm': _sum_of_squares(state.params.astype(jnp.float32)),
         }
-        finite = jnp.isfinite(squares['gradient_norm'] + squares['update_norm']) & all_finite((stats, optimizer_state))
-        own = sums['metrics'] | squares | {'unfinished': (~finite).astype(jnp.float32)}
+        own_finite = jnp.isfinite(squares['gradient_norm'] + squares['update_norm'])
+        own_finite &= all_finite((stats, optimizer_state))
+        own = sums['metrics'] | squares | {'unfinished': (~own_finite).astype(jnp.float32)}
         vector, unravel = ravel_pytree(own)
         said = unravel(_sum_over(vector, layout.replica_groups))
         finite = said.pop('unfinished') == 0

@@ -1,12 +1,15 @@
 """The weight update: equal whatever the layout, equal to plain autodiff, untouched by what is not finite."""
 
+import dataclasses
 import functools
+import itertools
 import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from efficientnet.loop.programs import compile_update
@@ -122,6 +125,41 @@ def test_a_non_finite_update_changes_nothing(kind, scales):
         assert_trees_equal(getattr(start, name), getattr(state, name))
     assert state.skipped == state.skipped_in_row == 3
     assert metrics[-1]['skipped_in_row'] == 3
+
+
+@pytest.mark.parametrize(
+    ('where', 'bad', 'skipped'),
+    [
+        *itertools.product(('gradients', 'updates', 'state'), (np.nan, -np.inf), (1,)),
+        ('updates', 1e20, 1),  # whose square is not finite
+        ('state', 1e20, 0),
+    ],
+)
+def test_one_place_that_is_not_finite_is_enough(where, bad, skipped):
+    parts = tiny_parts(blocks=1)
+
+    def spoilt(x):
+        return x.at[0, 0].set(bad) if x.ndim == 2 else x
+
+    def make_optimizer(seed):
+        inner = parts.make_optimizer(seed)
+
+        def update(grads, state, params):
+            if where == 'gradients':
+                return jnp.zeros_like(grads), state
+            updates, state = inner.update(grads, state, params)
+            return (spoilt(updates), state) if where == 'updates' else (updates, jax.tree.map(spoilt, state))
+
+        return optax.GradientTransformation(inner.init, update)
+
+    start = parts.init_state()
+    if where == 'gradients':  # these are divided by the scale that the loss was multiplied by
+        start = start._replace(loss_scale=start.loss_scale._replace(scale=jnp.full_like(start.loss_scale.scale, bad)))
+    state, _ = run_updates(dataclasses.replace(parts, make_optimizer=make_optimizer), 1, start)
+    assert state.skipped == skipped
+    if skipped:
+        for name in ('step', 'params', 'optimizer'):
+            assert_trees_equal(getattr(jax.device_get(start), name), getattr(state, name))
 
 
 def test_a_dynamic_scale_recovers():
