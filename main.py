@@ -9,6 +9,7 @@
 configs/base.py names every field that --config.FIELD=VALUE can set. The same command again resumes a run.
 """
 
+import gc
 import os
 import pathlib
 import sys
@@ -52,6 +53,7 @@ _CLUSTER = flags.DEFINE_enum(
 def run(argv: list[str]) -> None:
     """Sets JAX up as the flags say and hands over."""
     logging.set_verbosity(logging.WARNING)  # absl's default for programs would pass on every library's chatter
+    gc.set_threshold(50_000)  # importing and tracing make many objects and hardly any garbage: a second of the start
     from efficientnet.loop.host_memory import computes_on_cpu, keep_freed_memory
 
     if _CPU_DEVICES.value or computes_on_cpu():

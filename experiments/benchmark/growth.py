@@ -248,11 +248,9 @@ def _parts(args: Mapping[str, Any], **changes: Any) -> 'Parts':
 
 def _ready(jobs: Jobs) -> Jobs:
     """Runs each job once, so that everything is compiled."""
-    from efficientnet.loop.host_memory import retire_pieces
 
     for job in jobs.values():
         job()
-    retire_pieces()
     return jobs
 
 

@@ -148,7 +148,6 @@ def build_single(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
     import jax
 
     from efficientnet.loop.assemble import assemble
-    from efficientnet.loop.host_memory import retire_pieces
     from experiments.benchmark import plain
 
     pipelined, parts = _assemble_pipelined(args), assemble(make_config(args, recompute=args['recompute']))
@@ -158,7 +157,6 @@ def build_single(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
     jobs['optimizer'] = repeat(plain.make_weight_update(parts), args['accumulation'])
     for job in jobs.values():
         job()  # compiles what is not compiled yet
-    retire_pieces()
     rows = [part.shape[0] for part in pipelined.packings.params.parts]
     return jobs, {'splits': ','.join(pipelined.grid.layout.splits), 'rows': rows}
 
@@ -303,7 +301,6 @@ def _update_job(parts: 'Parts', stage: int) -> Callable[[], None]:
     """One weight update, as training runs it, with one stage of it in this process."""
     import jax
 
-    from efficientnet.loop.host_memory import retire_pieces
     from efficientnet.loop.programs import compile_update
 
     grid, stages, rows = parts.grid, parts.grid.layout.stages, parts.grid.layout.rows
@@ -317,7 +314,6 @@ def _update_job(parts: 'Parts', stage: int) -> Callable[[], None]:
         return own(filled.reshape(stages, share, *rows_.shape[1:]))
 
     program, going_on = compile_update(parts), grid.flag(False)
-    retire_pieces()
     batch = grid.place(jax.tree.map(split, random_batch(parts)))
     state = grid.place(jax.tree.map(own, jax.device_get(parts.init_state())))
 
