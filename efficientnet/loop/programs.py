@@ -11,6 +11,7 @@ import numpy as np
 import input_pipeline
 from efficientnet.loop.assemble import Parts
 from efficientnet.loop.evaluation import make_evaluate, make_gather
+from efficientnet.loop.host_memory import give_back_freed_memory
 from efficientnet.numerics import random_keys
 from efficientnet.parallel.train_state import TrainState
 from efficientnet.parallel.update import make_epoch_average, make_update
@@ -54,6 +55,7 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree |
     with ThreadPoolExecutor() as pool:
         running = {name: pool.submit(job) for name, job in jobs.items()}
         done = {name: job.result() for name, job in running.items()}
+    give_back_freed_memory()
     return Programs(
         evaluate=done['evaluate'],
         gather=lambda variables: done[variables['params'].dtype](variables),

@@ -41,6 +41,28 @@ for call in range(20):
     x.block_until_ready()
 print(faults() - before, program.lower(x).compile().memory_analysis().temp_size_in_bytes)
 """
+THREADS = """
+import ctypes, threading
+from efficientnet.loop.host_memory import give_back_freed_memory, keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def resident():
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmRSS'))
+def fill():
+    blocks = [libc.malloc(100_000) for _ in range(300)]
+    for block in blocks:
+        ctypes.memset(block, 1, 100_000)
+    for block in blocks[:-1]:  # the last, still in use, keeps the others from joining what is free above them
+        libc.free(block)
+before = resident()
+thread = threading.Thread(target=fill)
+thread.start()
+thread.join()
+kept = resident()
+give_back_freed_memory()
+print(kept - before, kept - resident())
+"""
 on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='mallopt is of glibc')
 
 
@@ -63,6 +85,14 @@ def test_a_program_gets_its_temporaries_back():
         assert temporaries > 2**26  # what malloc reuses in the main thread's arena only
     # 368,640, or 720 with transparent huge pages; a block that does not fit by some bytes is fetched once more
     assert found['plain'] > 4 * found['keep']
+
+
+@on_glibc
+def test_what_threads_left_is_given_back():
+    done = subprocess.run([sys.executable, '-c', THREADS], capture_output=True, text=True, check=True)
+    kept, given_back = map(int, done.stdout.split())
+    assert kept > 25_000  # KiB of 29,297
+    assert given_back > 25_000
 
 
 @pytest.mark.parametrize(
