@@ -27,9 +27,9 @@ def keep_freed_memory() -> None:
     To be called before JAX is imported, and only where it computes on the CPU.
 
     malloc reuses large blocks (above 64 MiB) in the main thread's arena alone. One arena for all threads would do, but
-    they wait for each other then, and compiling takes half as long again. So every thread has its own, and JAX runs a
-    program on the thread that calls it, which asks for the temporaries. A program for several devices has threads of
-    its own all the same, and fetches large temporaries from the kernel.
+    they wait for each other then, and compiling takes 1.6 to 1.9 times as long. So every thread has its own, and JAX
+    runs a program on the thread that calls it, which asks for the temporaries. A program for several devices has
+    threads of its own all the same, and fetches large temporaries from the kernel.
     """
     if platform.libc_ver()[0] != 'glibc':
         return

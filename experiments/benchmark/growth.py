@@ -248,7 +248,6 @@ def _parts(args: Mapping[str, Any], **changes: Any) -> 'Parts':
 
 def _ready(jobs: Jobs) -> Jobs:
     """Runs each job once, so that everything is compiled."""
-
     for job in jobs.values():
         job()
     return jobs
