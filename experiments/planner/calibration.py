@@ -9,13 +9,12 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from efficientnet.errors import ConfigError
 from experiments.planner.plan import Plan, make_plan
 from experiments.planner.systems import SYSTEMS, THIS_MACHINE, Device, Link, System, system_of
-from experiments.planner.timing import BlockTime
+from experiments.planner.timing import BlockTime, TimedBlocks
 from experiments.planner.workload import Workload
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -50,19 +49,19 @@ POINTS = {
 }
 
 
-def solve(system: System, workload: Workload, update_seconds: float, times: Mapping | None = None) -> float:
+def solve(system: System, workload: Workload, update_seconds: float, timed: TimedBlocks | None = None) -> float:
     """Returns the efficiency at which an update takes so long.
 
     Args:
         system: Where.
         workload: What.
         update_seconds: Measured.
-        times: Of the blocks, where they were measured.
+        timed: The blocks, where they were measured.
 
     Raises:
         ConfigError: Everything but the blocks' work takes longer than that already.
     """
-    ideal = make_plan(system, workload, 1.0, times).seconds
+    ideal = make_plan(system, workload, 1.0, timed).seconds
     work = ideal['compute'] + ideal['bubble']
     rest = sum(ideal.values()) - work - ideal['input']
     if update_seconds <= rest:
@@ -89,23 +88,20 @@ class Machine:
         system: Its cores as devices.
         workload: What was measured on one of them.
         update_seconds: Of an update of that.
-        blocks: Times of its blocks.
+        blocks: Its blocks.
         about: Machine and date, for people.
     """
 
     system: System
     workload: Workload
     update_seconds: float
-    blocks: Mapping[str, BlockTime]
+    blocks: TimedBlocks
     about: str
 
-    def times(self, workload: Workload) -> dict[str, BlockTime] | None:
-        """Returns the measured times of a workload's blocks, in proportion to its micro-batch, or None."""
+    def timed(self, workload: Workload) -> TimedBlocks | None:
+        """Returns the measured blocks if they are those of a workload."""
         same = [name for name in BLOCK_FLAGS if name != 'micro_batch']
-        if any(getattr(workload, name) != getattr(self.workload, name) for name in same):
-            return None
-        ratio = workload.micro_batch / self.workload.micro_batch
-        return {name: BlockTime(*(ratio * value for value in time)) for name, time in self.blocks.items()}
+        return self.blocks if all(getattr(workload, name) == getattr(self.workload, name) for name in same) else None
 
 
 def load_machine(path: pathlib.Path) -> Machine:
@@ -120,7 +116,8 @@ def load_machine(path: pathlib.Path) -> Machine:
         device = Device(dict.fromkeys((2, 4), found['flops']), found['bandwidth'], found['memory'], 1.0)
         device = device._replace(memory=found['memory'] / found['devices'])
         link = Link(found['devices'], found['link_bandwidth'], found['latency'])
-        blocks = {name: BlockTime(*times) for name, times in found['blocks'].items()}
+        times = {name: BlockTime(*seconds) for name, seconds in found['blocks'].items()}
+        blocks = TimedBlocks(flags['micro_batch'], times)
         system = System(
             THIS_MACHINE, found['machine'], THIS_MACHINE, device, found['devices'], (link,), 1, found['bandwidth']
         )
@@ -155,7 +152,6 @@ def plan_on(name: str, workload: Workload, machine_file: pathlib.Path = MACHINE_
         system = system_of(name)
         return make_plan(system, workload, family_efficiency(system.family))
     machine = load_machine(machine_file)
-    times = machine.times(workload)
-    measured = machine.blocks if times else None  # otherwise blocks are counted, here as there
-    efficiency = solve(machine.system, machine.workload, machine.update_seconds, measured)
-    return make_plan(machine.system, workload, efficiency, times)
+    timed = machine.timed(workload)  # if None, blocks are counted, here as there
+    efficiency = solve(machine.system, machine.workload, machine.update_seconds, timed)
+    return make_plan(machine.system, workload, efficiency, timed)

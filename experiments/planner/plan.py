@@ -8,7 +8,7 @@ by layout.py: the trainer's own numbers. To these a plan adds seconds:
   efficiency, which is calibrated on one measured or published point (calibration.py). Its bytes are what its layers
   hand to each other, written once and read once, and its weights, read once a micro-batch. Its backward takes two
   forward passes, recomputation one more each time. Where the blocks were timed on the machine, their times stand in
-  for the counts;
+  for the counts, which then only say by how much another micro-batch takes longer;
 - a tick lasts as long as the slowest stage is at work in it, then the stages hand over to each other (latency +
   bytes ÷ bandwidth; both ways at once) and add up gradients (accumulator read and written, gradient read);
 - gradients are reduced once an update, by rings: within the groups of each level of the network and then, with what
@@ -42,7 +42,7 @@ from efficientnet.parallel.stages import (
 )
 from experiments.planner.memory import memory_parts
 from experiments.planner.systems import System
-from experiments.planner.timing import BlockTime, count_blocks, count_times, idle_macs, update_parts
+from experiments.planner.timing import BlockTime, TimedBlocks, count_blocks, count_times, idle_macs, update_parts
 from experiments.planner.workload import IMAGE_BYTES, Workload
 
 STAGES = (1, 2, 4, 8)  # that 'auto' tries
@@ -136,16 +136,14 @@ class Plan:
         }
 
 
-def make_plan(
-    system: System, workload: Workload, efficiency: float, times: Mapping[str, BlockTime] | None = None
-) -> Plan:
+def make_plan(system: System, workload: Workload, efficiency: float, timed: TimedBlocks | None = None) -> Plan:
     """Plans a workload on a system.
 
     Args:
         system: Where.
         workload: What.
         efficiency: Share of the device's peak that blocks reach, or, if they were timed, what remains of their speed.
-        times: Of the blocks on one micro-batch, where they were measured.
+        timed: The blocks, where they were measured.
 
     Returns:
         The fastest plan that fits, of all stages and micro-batches that are left open; if none fits, the smallest.
@@ -161,7 +159,7 @@ def make_plan(
     for stages in counts:
         try:
             for size in micro_batches(system, workload, stages):
-                planner = _Planner(system, dataclasses.replace(workload, micro_batch=size), efficiency, times)
+                planner = _Planner(system, dataclasses.replace(workload, micro_batch=size), efficiency, timed)
                 plans.append(planner.plan(stages))
                 if plans[-1].fits:
                     break
@@ -198,7 +196,7 @@ class _Planner:
     system: System
     workload: Workload
     efficiency: float
-    measured: Mapping[str, BlockTime] | None
+    timed: TimedBlocks | None
 
     @functools.cached_property
     def costs(self) -> Sequence[BlockCost]:
@@ -212,11 +210,14 @@ class _Planner:
 
     @functools.cached_property
     def times(self) -> Mapping[str, BlockTime]:
-        if self.measured:
-            return self.measured
+        counted = self.count(self.workload.micro_batch)
+        return self.timed.scaled(self.count(self.timed.micro_batch), counted) if self.timed else counted
+
+    def count(self, micro_batch: int) -> dict[str, BlockTime]:
+        """Returns the times of the blocks on so many images at the device's peak, from counts."""
         device, workload = self.system.device, self.workload
         idle = idle_macs(workload.spec(), workload.pixels, device.group)
-        return count_times(self.costs, idle, device, workload.micro_batch, self.storage.compute)
+        return count_times(self.costs, idle, device, micro_batch, self.storage.compute)
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:

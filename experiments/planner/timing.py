@@ -20,6 +20,27 @@ class BlockTime(NamedTuple):
     both: float  # forward and backward
 
 
+class TimedBlocks(NamedTuple):
+    """Blocks as they were measured, and on how many images."""
+
+    micro_batch: int
+    times: Mapping[str, BlockTime]
+
+    def scaled(self, there: Mapping[str, BlockTime], here: Mapping[str, BlockTime]) -> dict[str, BlockTime]:
+        """Returns the times on another micro-batch, which are to the measured ones as their counts are.
+
+        A block's time is not in proportion to its images where reading its weights counts.
+
+        Args:
+            there: Counted times on the measured micro-batch.
+            here: Counted times on the other.
+        """
+        return {
+            name: BlockTime(*(t * b / a for t, a, b in zip(time, there[name], here[name], strict=True)))
+            for name, time in self.times.items()
+        }
+
+
 def count_blocks(spec: ModelSpec, size: int, software: Software) -> tuple[BlockCost, ...]:
     """Returns the costs of all blocks as a program keeps their activations.
 

@@ -203,11 +203,11 @@ def _measured_plan(machine: Machine, flags: dict, splits: str, how: str) -> Plan
         schedule=flags['schedule'],
         recompute=flags['recompute'],
     )
-    blocks, times = (machine.blocks, machine.times(workload)) if how == 'timed' else (None, None)
-    if blocks and not times:
+    timed = machine.timed(workload) if how == 'timed' else None
+    if how == 'timed' and not timed:
         return None
-    efficiency = solve(machine.system, machine.workload, machine.update_seconds, blocks)
-    return make_plan(machine.system, workload, efficiency, times)
+    efficiency = solve(machine.system, machine.workload, machine.update_seconds, timed)
+    return make_plan(machine.system, workload, efficiency, timed)
 
 
 def show(rows: Sequence[Row], found: Sequence[Claim]) -> str:

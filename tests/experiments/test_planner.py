@@ -323,14 +323,31 @@ def test_this_machine(tmp_path):
     machine = load_machine(path)
     assert machine.system.device.flops[4] == 2 * measure.SIDE**3 / 0.1
     assert machine.system.links[0].latency == 0.05 / measure.TIMES
-    assert machine.blocks['head'] == pytest.approx(BlockTime(1e-3, 3e-3))
+    assert machine.blocks.times['head'] == pytest.approx(BlockTime(1e-3, 3e-3))
     same = plan_on('this_machine', machine.workload, path)
     assert same.update_seconds == pytest.approx(0.5)
     # Blocks of a millisecond each, so that balanced stages differ by what recomputation costs.
     two = plan_on('this_machine', dataclasses.replace(machine.workload, stages=2, splits='auto'), path)
     assert len(two.stages[0].blocks) == pytest.approx(blocks * 3 / 7, abs=1)
-    double = plan_on('this_machine', dataclasses.replace(machine.workload, micro_batch=8, global_batch=64), path)
-    assert double.seconds['compute'] == pytest.approx(2 * same.seconds['compute'])
+    # Twice the images take less than twice as long, by the weights that are read once whatever their number.
+    larger = dataclasses.replace(machine.workload, micro_batch=8, global_batch=64)
+    double = plan_on('this_machine', larger, path)
+    expected = 0.0
+    for block in block_costs(machine.workload.spec(), 96):
+        seconds = [
+            max(
+                2 * n * block.macs / machine.system.device.flops[4],
+                (2 * n * block.kept_bytes(4) + 4 * block.parameters) / machine.system.device.bandwidth,
+            )
+            for n in (4, 8)
+        ]
+        expected += seconds[1] / seconds[0] / blocks
+    assert double.seconds['compute'] / same.seconds['compute'] == pytest.approx(expected)
+    assert expected < 1.99
+    # As many images as fit are planned with the same times.
+    chosen = plan_on('this_machine', dataclasses.replace(larger, micro_batch=0), path)
+    again = dataclasses.replace(larger, micro_batch=chosen.workload.micro_batch)
+    assert chosen.update_seconds == plan_on('this_machine', again, path).update_seconds > 0
     # Another model has no measured blocks; then the same update calibrates the counted ones.
     other = plan_on('this_machine', dataclasses.replace(machine.workload, model='b1'), path)
     assert other.update_seconds > same.update_seconds
