@@ -11,6 +11,7 @@ import sys
 
 import nbclient
 import nbformat
+from traitlets.config import Config
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -18,7 +19,9 @@ FOLDER = pathlib.Path(__file__).parent
 def execute(path: pathlib.Path) -> None:
     """Runs all cells of a notebook in a new kernel, in its folder, and stores it."""
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=600, resources={'metadata': {'path': str(path.parent)}}).execute()
+    encrypted = Config({'KernelManager': {'transport_encryption': 'auto'}})  # else kernels warn of other users
+    folder = {'metadata': {'path': str(path.parent)}}
+    nbclient.NotebookClient(notebook, config=encrypted, timeout=600, resources=folder).execute()
     for cell in notebook.cells:
         cell.metadata.pop('execution', None)  # when each cell ran would be a difference each time
         for output in cell.get('outputs', ()):
