@@ -60,6 +60,18 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
     return found.config
 
 
+def make_folder(flag: str, folder: pathlib.Path) -> None:
+    """Makes a folder that a command is to write to.
+
+    Raises:
+        ConfigError: It cannot be made; the flag it was given by is named.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f'--{flag}: folder {folder} cannot be made: {error.strerror}') from None
+
+
 def override(field: str, value: Any) -> str:
     """Returns '--config.optimizer.momentum=0.9'."""
     return f'--config.{field}={value}'

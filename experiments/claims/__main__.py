@@ -35,7 +35,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument('--claims', default=','.join(names), help='which (%(default)s)')
     parser.add_argument('--workers', type=int, default=1, help='runs at a time (%(default)s)')
     parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/claims'), help='(%(default)s)')
-    parser.add_argument('--results', type=pathlib.Path, help='CSV with a row a run (WORKDIR/SCALE.csv)')
+    parser.add_argument(
+        '--results', type=pathlib.Path, help='CSV with a row a run, written or, with --show, read (WORKDIR/SCALE.csv)'
+    )
     parser.add_argument('--show', action='store_true', help='train nothing')
     args, rest = parser.parse_known_args(argv)
     args.claims = args.claims.split(',')
@@ -59,15 +61,21 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
     planned = runs.plan(scale, every, every, args.workdir / args.scale, more)
     results = args.results or args.workdir / f'{args.scale}.csv'
     names = table.needed(scale, args.claims)
-    stopped = 0 if args.show else train([one for one in planned if one.name in names], every, args.workers)
+    stopped = 0
+    if not args.show:
+        trainer.make_folder('workdir', args.workdir)
+        trainer.make_folder('results', results.parent)
+        stopped = train([one for one in planned if one.name in names], every, args.workers)
     rows = [row for one in planned if (row := runs.read(one, every)) is not None]
-    if rows:
+    if not args.show:
         runs.write_rows(rows, results)
-    elif args.show:
+    elif args.results or not rows:
         results = args.results or STORED / f'{args.scale}.csv'
         if not results.exists():
             raise ConfigError(f'there are no runs in {args.workdir} and no results in {results}')
-        rows = runs.read_rows(results)
+        rows = runs.read_rows(results, every)
+    else:
+        results = args.workdir / args.scale
     claims = {name: claim for name, claim in table.claims(scale).items() if name in args.claims}
     print(report.show(claims, runs.collect(rows)))
     print(f'{len(rows)} runs; {results}')

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from efficientnet.errors import ConfigError
 from experiments import trainer
 from experiments.claims.table import Scale, Setting
 
@@ -144,27 +145,61 @@ class Runner:
 
 def read(run: Run, every: Mapping[str, Setting]) -> dict[str, Any] | None:
     """Returns the row of a run that is done with the arguments it would be given now, else None."""
-    path = run.workdir / OUTCOME
-    if not path.exists():
+    found = _read_json(run.workdir / OUTCOME)
+    if not isinstance(found, dict) or found.get('arguments') != run.arguments(every):
         return None
-    found = json.loads(path.read_text())
-    return found['row'] if found['arguments'] == run.arguments(every) else None
+    row = found.get('row')
+    return row if isinstance(row, dict) and set(row) == set(COLUMNS) else None
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Writes rows as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes rows as CSV.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
-    _write_whole(path, text.getvalue())
+    try:
+        _write_whole(path, text.getvalue())
+    except OSError as error:
+        raise ConfigError(f'--results={path} cannot be written: {error.strerror}') from None
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads rows as `write_rows` writes them, numbers as numbers."""
-    with path.open(newline='') as file:
-        return [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+def read_rows(path: pathlib.Path, every: Iterable[str]) -> list[dict[str, Any]]:
+    """Reads rows as `write_rows` writes them, numbers as numbers.
+
+    Args:
+        path: Of the file.
+        every: Names of the settings there may be.
+
+    Raises:
+        ConfigError: The file cannot be read, or is not one of these; file, line and column are named.
+    """
+    rows, seen, every = [], set(), set(every)
+    try:
+        with path.open(newline='', encoding='utf-8') as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ConfigError(f'{path} must begin with the columns {",".join(COLUMNS)}')
+            for texts in reader:
+                row = _row_of(texts, f'{path}, line {reader.line_num}')
+                key = row['setting'], row['seed']
+                if row['setting'] not in every:
+                    raise ConfigError(f'{path}, line {reader.line_num}: no claim has a setting={row["setting"]!r}')
+                if key in seen:
+                    raise ConfigError(f'{path}, line {reader.line_num}: {key[0]!r} with seed {key[1]} comes twice')
+                seen.add(key)
+                rows.append(row)
+    except OSError as error:
+        raise ConfigError(f'{path} cannot be read: {error.strerror}') from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f'{path} is no CSV: {error}') from None
+    if not rows:
+        raise ConfigError(f'{path} holds no runs')
+    return rows
 
 
 def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
@@ -190,7 +225,7 @@ def _row(run: Run, given: Sequence[str], outcome: trainer.Outcome, before: float
 def _forget_other(workdir: pathlib.Path, given: Sequence[str]) -> None:
     """Empties the folder of a run that was begun with other arguments."""
     path = workdir / 'arguments.json'
-    if path.exists() and json.loads(path.read_text()) == list(given):
+    if _read_json(path) == list(given):
         return
     for entry in workdir.iterdir():
         if entry.name != '.held':
@@ -205,8 +240,33 @@ def _write_whole(path: pathlib.Path, text: str) -> None:
     draft.replace(path)
 
 
+def _read_json(path: pathlib.Path) -> Any:
+    """What a file of a run says; None if it is not there or damaged, upon which the run is done again."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _row_of(texts: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The row of a line of CSV; `where` is for errors."""
+    if None in texts or None in texts.values():
+        raise ConfigError(f'{where} must have {len(COLUMNS)} values, as many as there are columns')
+    row = {}
+    for name, text in texts.items():
+        try:
+            row[name] = _value(name, text)
+        except ValueError:
+            raise ConfigError(f'{where}: {name}={text!r} must be a number') from None
+        if name.startswith('test_accuracy') and text and not 0 <= row[name] <= 1:
+            raise ConfigError(f'{where}: {name}={text!r} must be from 0 to 1')
+    return row
+
+
 def _value(name: str, text: str) -> Any:
     if name in ('setting', 'device', 'jax', 'error', 'command'):
         return text
+    if name in ('seed', 'classes'):
+        return int(text)
     number = float(text) if text else None
-    return int(number) if name in ('seed', 'steps', 'skipped', 'parameters', 'classes') and text else number
+    return int(number) if name in ('steps', 'skipped', 'parameters') and text else number

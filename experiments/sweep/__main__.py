@@ -11,6 +11,7 @@ told apart by CUDA_VISIBLE_DEVICES or the like.
 """
 
 import argparse
+import collections
 import pathlib
 import sys
 
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     plan = studies.STUDIES[args.study]
     recipe = trainer.load_recipe(args.config, overrides)
     space = studies.distributions(plan, recipe)
+    trainer.make_folder('workdir', args.workdir)
     study = search.open_study(args.name, search.open_storage(args.storage), recipe, prune=args.prune)
     with Interrupt() as interrupt:
         sweep = search.Sweep(
@@ -85,9 +87,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 def summary(study: optuna.Study) -> str:
     """Returns how many trials ended how, and the best with its values."""
     trials = study.get_trials(deepcopy=False)
-    states = [trial.state for trial in trials if search.FOLDER in trial.user_attrs]
-    counts = {state: states.count(state) for state in dict.fromkeys(states)}
-    lines = [', '.join(f'{count} {state.name.lower()}' for state, count in counts.items())]
+    ended = zip(trials, report.states(trials), strict=True)
+    counts = collections.Counter(state for trial, state in ended if search.FOLDER in trial.user_attrs)
+    lines = [', '.join(f'{count} {state}' for state, count in counts.items())]
     done = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
     if done:
         best = max(done, key=lambda trial: trial.value)

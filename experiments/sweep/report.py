@@ -33,22 +33,30 @@ def write(study: optuna.Study, folder: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
+def states(trials: list[FrozenTrial]) -> list[str]:
+    """Returns how each trial ended; 'abandoned' if another took over its folder, and with it its run."""
+    last = {trial.user_attrs.get(FOLDER): trial.number for trial in trials}
+    return [
+        'abandoned'
+        if FOLDER in trial.user_attrs and last[trial.user_attrs[FOLDER]] != trial.number
+        else trial.state.name.lower()
+        for trial in trials
+    ]
+
+
 def write_csv(trials: list[FrozenTrial], path: pathlib.Path) -> None:
     """Writes one row a trial: its number, folder, state, test accuracy, fields, and what its run said of itself."""
     fields = sorted({field for trial in trials for field in trial.params})
-    last = {trial.user_attrs.get(FOLDER): trial.number for trial in trials}
     columns = ['trial', FOLDER, 'state', 'test_accuracy', *fields, 'evaluations', *KEPT, 'start', 'end', ERROR]
     draft = path.with_suffix('.tmp')
     with draft.open('w', newline='') as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        for trial in trials:
-            folder = trial.user_attrs.get(FOLDER)
-            abandoned = folder and last[folder] != trial.number
+        for trial, state in zip(trials, states(trials), strict=True):
             values = {
                 'trial': trial.number,
-                FOLDER: folder,
-                'state': 'abandoned' if abandoned else trial.state.name.lower(),
+                FOLDER: trial.user_attrs.get(FOLDER),
+                'state': state,
                 'test_accuracy': None if trial.state == TrialState.FAIL else trial.value,
                 'evaluations': len(trial.intermediate_values),
                 'start': _time(trial.datetime_start),

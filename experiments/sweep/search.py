@@ -20,9 +20,11 @@ from typing import IO, Any
 
 import ml_collections
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from efficientnet.errors import ConfigError
 from efficientnet.loop.settings import flatten
@@ -39,14 +41,23 @@ def open_storage(place: str) -> BaseStorage:
     """Returns the storage at an SQL URL, in an SQLite file (FILE.db), or in a journal (any other file).
 
     A journal may lie on NFS, where SQLite must not.
+
+    Raises:
+        ConfigError: There is no storage, and none can be made, or it is damaged.
     """
-    if '://' in place:
-        return RDBStorage(place)
     path = pathlib.Path(place).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == '.db':
-        return RDBStorage(f'sqlite:///{path}', engine_kwargs={'connect_args': {'timeout': 60}})
-    return JournalStorage(JournalFileBackend(str(path)))
+    if '://' not in place:
+        trainer.make_folder('storage', path.parent)
+    try:
+        if '://' in place:
+            return RDBStorage(place)
+        if path.suffix == '.db':
+            return RDBStorage(f'sqlite:///{path}', engine_kwargs={'connect_args': {'timeout': 60}})
+        return JournalStorage(JournalFileBackend(str(path)))
+    except (OSError, ValueError, KeyError, ImportError, SQLAlchemyError, StorageInternalError) as error:
+        # What Optuna and its backends raise for a file of something else, a missing driver, no rights, no server.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f'--storage={place} cannot be used: {reason}') from error
 
 
 def open_study(name: str, storage: BaseStorage, recipe: ml_collections.ConfigDict, *, prune: bool) -> optuna.Study:

@@ -1,6 +1,7 @@
 """The studies as data: which fields of a config are searched, over which values, beside which fixed changes."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +80,7 @@ def distributions(study: Study, recipe: ml_collections.ConfigDict) -> dict[str, 
     """Returns what Optuna draws from, by field, in the unit of the field.
 
     Raises:
-        ConfigError: A field is searched around the recipe's value, which is zero.
+        ConfigError: A field is searched around the recipe's value, which is not above zero.
     """
     return {field: _distribution(field, dimension, recipe) for field, dimension in study.space.items()}
 
@@ -117,8 +118,8 @@ def _unit(field: str, dimension: Range | Choice, recipe: ml_collections.ConfigDi
     if not dimension.of_recipe:
         return 1.0 if isinstance(dimension, Range) else None
     value = flatten(recipe)[field]
-    if not value:
-        raise ConfigError(f'{field}={value} of the recipe cannot be searched by multiples of it; set it')
+    if not 0 < value < math.inf:
+        raise ConfigError(f'{field}={value} of the recipe must be above 0, since multiples of it are searched; set it')
     return value
 
 

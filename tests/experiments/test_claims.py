@@ -194,9 +194,56 @@ def test_runs_are_done_once_and_again_when_their_settings_change(tmp_path):
     assert changed[0]['test_accuracy'] == pytest.approx(rows[0]['test_accuracy'] - 0.1)
     assert starts(tmp_path, 'bad') == [1, 1]
     runs.write_rows(rows, tmp_path / 'rows.csv')
-    assert [{name: value or None for name, value in one.items()} for one in runs.read_rows(tmp_path / 'rows.csv')] == [
+    stored = runs.read_rows(tmp_path / 'rows.csv', ('good', 'bad'))
+    assert [{name: value or None for name, value in one.items()} for one in stored] == [
         {name: value or None for name, value in one.items()} for one in rows
     ]
+
+
+@pytest.mark.parametrize('text', ['', '{', 'null', '{}', '[]', '{"arguments": 3}'])
+def test_a_run_whose_outcome_is_damaged_is_done_again(text, tmp_path):
+    rows, _ = runner(tmp_path, seeds=1, one=Setting())
+    (tmp_path / 'one' / 'seed0' / 'outcome.json').write_text(text)
+    (tmp_path / 'one' / 'seed0' / 'arguments.json').write_text(text)
+    again, said = runner(tmp_path, seeds=1, one=Setting())
+    assert again == rows
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'words'),
+    [
+        ('seconds,', 'minutes,', 'must begin with the columns setting,seed,'),
+        ('base,0,', 'base,one,', "line 2: seed='one' must be a number"),
+        ('base,0,', 'base,0,0.5,', 'line 2 must have 15 values'),
+        ('base,0,0.48425', 'base,0,nan', "test_accuracy='nan' must be from 0 to 1"),
+        ('base,0,0.', 'base,0,4', "test_accuracy='448425' must be from 0 to 1"),
+        ('base,1,', 'base,0,', "'base' with seed 0 comes twice"),
+        ('base,0,', 'bass,0,', "no claim has a setting='bass'"),
+        ('base,0,', 'b\xff', 'is no CSV'),
+    ],
+)
+def test_damaged_results_are_one_line(old, new, words, tmp_path, capsys):
+    before = (command.STORED / 'cpu.csv').read_bytes().replace(old.encode(), new.encode('latin-1'), 1)
+    (tmp_path / 'rows.csv').write_bytes(before)
+    with pytest.raises(SystemExit):
+        command.main(['--show', f'--workdir={tmp_path / "none"}', f'--results={tmp_path / "rows.csv"}'])
+    assert words in capsys.readouterr().err
+    assert (tmp_path / 'rows.csv').read_bytes() == before
+
+
+def test_showing_writes_nothing(tmp_path, monkeypatch, capsys):
+    """Not even where there are runs: results that are named are those that are shown."""
+    rows = runs.read_rows(command.STORED / 'digits.csv', table.settings(table.SCALES['digits']))
+    monkeypatch.setattr(runs, 'read', lambda run, every: rows[0] if (run.name, run.seed) == ('base', 0) else None)
+    copy = tmp_path / 'copy.csv'
+    copy.write_bytes((command.STORED / 'digits.csv').read_bytes())
+    command.main(['--scale=digits', '--show', f'--workdir={tmp_path / "work"}', f'--results={copy}'])
+    assert f'{len(rows)} runs; {copy}' in capsys.readouterr().out
+    assert copy.read_bytes() == (command.STORED / 'digits.csv').read_bytes()
+    command.main(['--scale=digits', '--show', f'--workdir={tmp_path / "work"}'])
+    assert '1 runs; ' in capsys.readouterr().out
+    assert not (tmp_path / 'work').exists()
 
 
 def test_a_stopped_run_goes_on_in_its_folder(tmp_path):
@@ -249,7 +296,7 @@ def test_stored_results_are_of_the_settings_as_they_are(path, capsys):
     scale = table.SCALES[path.stem]
     every = table.settings(scale)
     now = {(run.name, run.seed): run for run in runs.plan(scale, every, every, pathlib.Path('/x'), ())}
-    for found in runs.read_rows(path):
+    for found in runs.read_rows(path, every):
         given = now[found['setting'], found['seed']].arguments(every)
         fields = {word for word in given if word.startswith('--config') and '/x' not in word}
         assert fields <= set(found['command'].replace("'", '').replace(' --', '\0--').split('\0')), found['setting']

@@ -224,6 +224,17 @@ def test_another_recipe_is_another_study(tmp_path):
     search.open_study('two', storage, other, prune=True)
 
 
+@pytest.mark.parametrize('place', ['bad.db', 'bad.log', 'folder', 'foo://bar'])
+def test_a_storage_that_is_none_is_one_line(place, tmp_path):
+    (tmp_path / 'folder').mkdir()
+    for name in ('bad.db', 'bad.log'):
+        (tmp_path / name).write_text('neither a data base\nnor a journal\n')
+    place = place if '://' in place else str(tmp_path / place)
+    with pytest.raises(ConfigError, match=f'--storage={place} cannot be used: .') as error:
+        search.open_storage(place)
+    assert '\n' not in str(error.value)
+
+
 def test_pictures_and_best(tmp_path):
     sweep = make(tmp_path, trials=3)
     sweep.work()
@@ -250,6 +261,10 @@ def test_without_two_accuracies_there_is_nothing_to_draw(tmp_path):
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--speed'], 'unrecognized argument --speed'),
         (['--study=lars', '--config=configs/no.py', '--trials=2'], 'configs/no.py'),
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.momentun=1'], 'momentun'),
+        (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.rate_per_example=-1'], 'above 0'),
+        (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.rate_per_example=nan'], 'above 0'),
+        (['--study=lars', f'--config={DIGITS}', '--trials=2', f'--workdir={DIGITS}'], '--workdir: folder'),
+        (['--study=lars', f'--config={DIGITS}', '--trials=2', f'--storage={DIGITS}/x.db'], '--storage: folder'),
     ],
 )
 def test_errors_are_one_line(argv, words, capsys):
