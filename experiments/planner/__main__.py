@@ -23,12 +23,12 @@ from experiments.planner.systems import SYSTEMS, THIS_MACHINE
 from experiments.planner.workload import Workload
 
 HELP = {
-    'model': 'b0 … b7',
+    'model': 'b0 … b7, lite0 … lite4',
     'group_size': 'channels a group in the spatial convolutions',
     'image_size': "pixels a side; 0 = the model's",
     'classes': 'of the data set',
     'global_batch': 'images a weight update',
-    'micro_batch': 'images computed at once; 0 = as many as fit',
+    'micro_batch': 'images computed at once; 0 = the fastest number that fits',
     'splits': "first block of every stage but the first, 'balanced', or 'auto': the reference's on IPUs, else balanced",
     'replicas': 'copies of the model; 0 = as many as there are devices for',
     'schedule': "'grouped' or 'sequential'",

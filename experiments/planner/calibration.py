@@ -8,10 +8,12 @@ are predictions; validation.py lays them beside what was published or measured.
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from typing import NamedTuple
 
 from efficientnet.errors import ConfigError
+from efficientnet.model.scaling import block_names
 from experiments.planner.plan import Plan, make_plan
 from experiments.planner.systems import SYSTEMS, THIS_MACHINE, Device, Link, System, system_of
 from experiments.planner.timing import BlockTime, TimedBlocks
@@ -100,7 +102,7 @@ class Machine:
 
     def timed(self, workload: Workload) -> TimedBlocks | None:
         """Returns the measured blocks if they are those of a workload."""
-        same = [name for name in BLOCK_FLAGS if name != 'micro_batch']
+        same = ['classes', *(name for name in BLOCK_FLAGS if name != 'micro_batch')]
         return self.blocks if all(getattr(workload, name) == getattr(self.workload, name) for name in same) else None
 
 
@@ -113,6 +115,12 @@ def load_machine(path: pathlib.Path) -> Machine:
     try:
         found = json.loads(path.read_text())
         flags = found['flags']
+        for name in ('memory', 'flops', 'bandwidth', 'link_bandwidth', 'update_seconds', 'latency'):
+            if not 0 < found[name] < math.inf:
+                raise ValueError(f'{name}={found[name]!r} must be above 0')
+        for values, name in ((found, 'devices'), (flags, 'micro_batch'), (flags, 'accumulation')):
+            if not isinstance(values[name], int) or values[name] < 1:
+                raise ValueError(f'{name}={values[name]!r} must be a whole number above 0')
         device = Device(dict.fromkeys((2, 4), found['flops']), found['bandwidth'], found['memory'], 1.0)
         device = device._replace(memory=found['memory'] / found['devices'])
         link = Link(found['devices'], found['link_bandwidth'], found['latency'])
@@ -128,12 +136,20 @@ def load_machine(path: pathlib.Path) -> Machine:
             stages=1,
             replicas=1,
         )
+        workload.check()
+        if set(times) != set(block_names(workload.spec())):
+            raise ValueError(f'blocks must be those of {workload.model}')
+        for name, time in times.items():
+            if not 0 < time.forward <= time.both < math.inf:
+                raise ValueError(f'blocks.{name}={list(time)} must be seconds forward, and more forward and back')
         return Machine(system, workload, found['update_seconds'], blocks, f'{found["machine"]}, {found["date"]}')
     except FileNotFoundError:
         raise ConfigError(
             f'{path} is missing; python -m experiments.planner --calibrate measures this machine'
         ) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f'--machine={path} cannot be read: {error.strerror}') from None
+    except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
         raise ConfigError(f'{path} is not what --calibrate writes ({error!r}); measure again') from None
 
 

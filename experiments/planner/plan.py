@@ -146,7 +146,9 @@ def make_plan(system: System, workload: Workload, efficiency: float, timed: Time
         timed: The blocks, where they were measured.
 
     Returns:
-        The fastest plan that fits, of all stages and micro-batches that are left open; if none fits, the smallest.
+        The fastest plan that fits, of the stages and micro-batches that are left open; if none fits, the smallest.
+        Micro-batches are tried from the largest that fits down, until a plan is slower than the one before: one stage
+        gets ever slower, several rest less.
 
     Raises:
         ConfigError: A size is out of range or does not divide, or an option is unknown.
@@ -158,11 +160,13 @@ def make_plan(system: System, workload: Workload, efficiency: float, timed: Time
     plans, problem = [], None
     for stages in counts:
         try:
+            fastest = 0.0
             for size in micro_batches(system, workload, stages):
                 planner = _Planner(system, dataclasses.replace(workload, micro_batch=size), efficiency, timed)
-                plans.append(planner.plan(stages))
-                if plans[-1].fits:
+                plans.append(plan := planner.plan(stages))
+                if plan.fits and plan.images_per_second < fastest:
                     break
+                fastest = plan.images_per_second if plan.fits else fastest
         except ConfigError as error:  # such as a batch that does not divide by so many replicas
             problem = problem or error
     if not plans:
@@ -244,6 +248,9 @@ class _Planner:
         plan = self.cut(balance(self.costs, stages, workload.recompute, **self.options))
         if plan.fits:
             return plan
+        if stages == 2:  # few enough to try them all, with all that a budget of counted bytes leaves out
+            plans = [self.cut((block.name,)) for block in self.costs[1:]]
+            return max((one for one in plans if one.fits), key=lambda one: one.images_per_second, default=plan)
         uncounted = sum(plan.memory.values()) - max(stage.total for stage in plan.stages)
         budget = int(plan.room - uncounted)
         try:

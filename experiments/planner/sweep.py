@@ -34,7 +34,7 @@ CHARTS = {'images_per_second': 'images/s', 'hours': 'hours to train all epochs'}
 def sweep(workload: Workload, machine_file: pathlib.Path = MACHINE_FILE) -> list[Plan]:
     """Returns the plans of a workload on `CHARTED`.
 
-    IPUs take the micro-batch given, as the reference does; on other systems it is as large as fits.
+    IPUs take the micro-batch given, as the reference does; on other systems it is the fastest that fits.
 
     Args:
         workload: What; the charts say nothing of memory, so that on every system it has to fit.
@@ -45,7 +45,7 @@ def sweep(workload: Workload, machine_file: pathlib.Path = MACHINE_FILE) -> list
     """
     plans = []
     for name in CHARTED:
-        chosen = workload if SYSTEMS[name].family == 'ipu' else _as_large_as_fits(workload)
+        chosen = workload if SYSTEMS[name].family == 'ipu' else _left_open(workload)
         plan = plan_on(name, chosen, machine_file)
         if not plan.fits:
             raise ConfigError(f'{workload.model} does not fit {name}; try --micro_batch or --recompute=block')
@@ -53,7 +53,7 @@ def sweep(workload: Workload, machine_file: pathlib.Path = MACHINE_FILE) -> list
     return plans
 
 
-def _as_large_as_fits(workload: Workload) -> Workload:
+def _left_open(workload: Workload) -> Workload:
     return dataclasses.replace(workload, micro_batch=0, stages=0, splits='auto')
 
 

@@ -144,7 +144,7 @@ def update_parts(
     state = 2 * (storage.master + storage.buffers * storage.state + 4 * storage.averages)
     return {
         'compute': compute,
-        'bubble': busy - compute,
+        'bubble': max(busy - compute, 0.0),  # not -1e-17
         'hand-over': ticks * _hand_over(system.links[0], table),
         'accumulation': ticks * most * 3 * storage.accumulator / bandwidth,
         'reduction': reduction(system.links, layout, most * storage.accumulator),

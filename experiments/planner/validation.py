@@ -12,10 +12,12 @@ at one image size; at others they are counted.
 
 import dataclasses
 import json
+import math
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from efficientnet.errors import ConfigError
 from experiments.benchmark.setup import MIB, table
 from experiments.planner.calibration import (
     BLOCK_FLAGS,
@@ -178,7 +180,7 @@ def machine_rows(machine_file: pathlib.Path = MACHINE_FILE, results: pathlib.Pat
     machine, rows = load_machine(machine_file), []
     for how in ('timed', 'counted'):
         for path in sorted(results.glob('pipeline_*.json')):
-            found = json.loads(path.read_text())
+            found = _pipeline_result(path)
             flags = found['flags']
             size = f'micro-batch {flags["micro_batch"]} × {flags["accumulation"]}'
             for stages, job in ((1, 'one_stage'), (flags['stages'], 'pipeline')):
@@ -186,15 +188,38 @@ def machine_rows(machine_file: pathlib.Path = MACHINE_FILE, results: pathlib.Pat
                 if plan is None:
                     continue
                 count = f'{stages} stage{"s" if stages > 1 else ""}'
-                what = f'B0 {flags["image_size"]} pixels, {size}, {count}, blocks {how}'
+                what = f'{flags["model"].upper()} {flags["image_size"]} pixels, {size}, {count}, blocks {how}'
                 measured = found['seconds'][job]
                 rows.append(Row(what, 1000 * plan.update_seconds, 1000 * measured, 'ms', 0.15, f'results/{path.name}'))
     return rows
 
 
-def _measured_plan(machine: Machine, flags: dict, splits: str, how: str) -> Plan | None:
-    """The plan of an update in one stage or more; None if its blocks should be timed ones and were not timed."""
-    workload = Workload(
+def _pipeline_result(path: pathlib.Path) -> dict[str, Any]:
+    """What `experiments.benchmark pipeline --json` printed.
+
+    Raises:
+        ConfigError: The file is something else, or of a network of another width or depth.
+    """
+    try:
+        found = json.loads(path.read_text())
+        flags = found['flags']
+        if flags['stages'] != found['splits'].count(',') + 2:
+            raise ValueError(f'splits={found["splits"]!r} must make stages={flags["stages"]}')
+        if flags['width'] or flags['depth']:
+            raise ValueError('width and depth must be 0, which is the model as it is')
+        for job in ('one_stage', 'pipeline'):
+            if not 0 < found['seconds'][job] < math.inf:
+                raise ValueError(f'seconds.{job}={found["seconds"][job]!r} must be above 0')
+        _workload(flags, found['splits']).check()
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
+        raise ConfigError(
+            f'{path} is not what python -m experiments.benchmark pipeline --json prints ({error!r})'
+        ) from None
+    return found
+
+
+def _workload(flags: Mapping[str, Any], splits: str) -> Workload:
+    return Workload(
         **{name: flags[name] for name in BLOCK_FLAGS},
         global_batch=flags['micro_batch'] * flags['accumulation'],
         replicas=1,
@@ -203,6 +228,11 @@ def _measured_plan(machine: Machine, flags: dict, splits: str, how: str) -> Plan
         schedule=flags['schedule'],
         recompute=flags['recompute'],
     )
+
+
+def _measured_plan(machine: Machine, flags: dict, splits: str, how: str) -> Plan | None:
+    """The plan of an update in one stage or more; None if its blocks should be timed ones and were not timed."""
+    workload = _workload(flags, splits)
     timed = machine.timed(workload) if how == 'timed' else None
     if how == 'timed' and not timed:
         return None

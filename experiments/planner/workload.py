@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import sys
 
 from efficientnet.errors import ConfigError
 from efficientnet.model.scaling import VARIANTS, ModelSpec, model_spec
-from efficientnet.parallel.stages import PASSES
+from efficientnet.numerics.precision import POLICIES
+from efficientnet.parallel.stages import BUFFERS, PASSES, SCHEDULES
 
 BALANCED = 'balanced'  # splits
 IMAGE_BYTES = {'uint8': 1, 'fp32': 4}  # of a number of an image on its way from the host
@@ -22,7 +24,7 @@ class Workload:
         image_size: Pixels a side; 0 for the model's own.
         classes: Of the data set.
         global_batch: Images a weight update.
-        micro_batch: Images computed at once; 0 for as many as fit.
+        micro_batch: Images computed at once; 0 for the fastest number that fits.
         stages: Devices one copy of the model is spread over; 0 for the fastest number that fits.
         splits: First block of every stage but the first, or 'balanced'; 'auto' is 'balanced', but the reference's
             splits where the reference's program is planned and has some.
@@ -77,8 +79,15 @@ class Workload:
 
     def check(self) -> None:
         """Raises ConfigError for what nothing further on would name by its flag."""
-        self.spec()
-        for field, known in (('images', IMAGE_BYTES), ('recompute', PASSES)):
+        known_values = {
+            'model': VARIANTS,
+            'policy': POLICIES,
+            'optimizer': BUFFERS,
+            'schedule': SCHEDULES,
+            'recompute': PASSES,
+            'images': IMAGE_BYTES,
+        }
+        for field, known in known_values.items():
             if getattr(self, field) not in known:
                 raise ConfigError(f'--{field}={getattr(self, field)!r} is unknown; choose one of {", ".join(known)}')
         for field in ('image_size', 'stages', 'replicas', 'micro_batch'):
@@ -88,3 +97,6 @@ class Workload:
             raise ConfigError(f'--epochs={self.epochs:g} must be above 0')
         if self.examples < 1:
             raise ConfigError(f'--examples={self.examples} must be at least 1')
+        if self.examples > sys.float_info.max / max(self.epochs, 1.0):
+            raise ConfigError(f'--examples={self.examples:d} × --epochs={self.epochs:g} is beyond counting')
+        self.spec()

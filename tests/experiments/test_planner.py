@@ -268,7 +268,12 @@ def test_text(capsys):
         (['--global_batch=0', '--stages=2'], 'global_batch=0 must be at least 1'),
         (['--epochs=0'], '--epochs=0 must be above 0'),
         (['--examples=0'], '--examples=0 must be at least 1'),
-        (['--model=b9'], "variant='b9' must be one of b0, "),
+        (['--model=b9'], "--model='b9' is unknown; choose one of b0, "),
+        (['--policy=8.8'], "--policy='8.8' is unknown"),
+        (['--optimizer=adam'], "--optimizer='adam' is unknown"),
+        (['--schedule=1f1b'], "--schedule='1f1b' is unknown"),
+        (['--epochs=1e308'], 'is beyond counting'),
+        (['--examples=1' + 400 * '0'], 'is beyond counting'),
         (['--model=b6'], 'group_size=16 must divide the channels'),
         (['--policy=8.8'], 'choose one of 32.32'),
         (['--optimizer=adam'], 'choose one of lars'),
@@ -362,10 +367,95 @@ def test_a_damaged_machine_file_is_one_line(text, tmp_path):
         load_machine(path)
 
 
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('flops', 0),
+        ('flops', -1.0),
+        ('bandwidth', float('nan')),
+        ('link_bandwidth', '1'),
+        ('latency', None),
+        ('memory', 0),
+        ('devices', 2.5),
+        ('devices', 0),
+        ('update_seconds', float('inf')),
+        ('flags.micro_batch', 0),
+        ('flags.accumulation', 'x'),
+        ('flags.policy', '8.8'),
+        ('blocks', []),
+        ('blocks.head', None),
+        ('blocks.head', [3e-3, 1e-3]),
+        ('blocks.head', [0, 0]),
+        ('blocks.block9z', [1e-3, 3e-3]),
+    ],
+)
+def test_what_no_machine_can_be_is_one_line(field, value, tmp_path, capsys):
+    found, _ = measured()
+    *where, name = field.split('.')
+    (found[where[0]] if where else found)[name] = value
+    path = tmp_path / 'machine.json'
+    path.write_text(json.dumps(found))
+    with pytest.raises(SystemExit):
+        command.main(['--system=this_machine', f'--machine={path}'])
+    said = capsys.readouterr().err
+    assert f'{path} is not what --calibrate writes' in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('flags', None),
+        ('flags.width', 0.5),
+        ('flags.stages', 3),
+        ('flags.model', 'b9'),
+        ('splits', None),
+        ('seconds.pipeline', -1),
+        ('seconds.pipeline', float('nan')),
+        ('seconds.one_stage', 'x'),
+    ],
+)
+def test_what_no_pipeline_result_can_be_is_one_line(field, value, tmp_path):
+    found, _ = measured()
+    (tmp_path / 'machine.json').write_text(json.dumps(found))
+    flags = found['flags'] | {'stages': 2, 'schedule': 'grouped', 'width': 0.0, 'depth': 0.0}
+    result = {'flags': flags, 'splits': 'block4a', 'seconds': {'one_stage': 0.5, 'pipeline': 9.0}}
+    *where, name = field.split('.')
+    (result[where[0]] if where else result)[name] = value
+    path = tmp_path / 'pipeline_4x8.json'
+    path.write_text(json.dumps(result))
+    with pytest.raises(ConfigError, match='is not what python -m experiments') as error:
+        validation.machine_rows(tmp_path / 'machine.json', tmp_path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('system', 'workload', 'beside'),
+    [
+        ('dgx_h100_8', Workload(stages=2, global_batch=1024, micro_batch=0), (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+        ('tpu_v3_8', Workload(stages=2, global_batch=1024, micro_batch=0, policy='bf16.32'), (4, 8, 16, 32, 64)),
+        ('dgx_a100_8', Workload(stages=1, global_batch=1024, micro_batch=0), (1, 16, 64, 128)),
+    ],
+)
+def test_the_micro_batch_left_open_is_the_fastest_that_fits(system, workload, beside):
+    chosen = plan_on(system, workload)
+    assert chosen.fits
+    for size in beside:
+        other = plan_on(system, dataclasses.replace(workload, micro_batch=size))
+        assert not other.fits or other.images_per_second <= chosen.images_per_second
+
+
+def test_two_stages_fit_wherever_some_cut_does():
+    """A share of what the compiler adds moves with the cut, so that counted bytes alone would miss this one."""
+    workload = Workload(policy='bf16.32', recompute='none', stages=2, micro_batch=49, global_batch=1568)
+    assert plan_on('tpu_v3_8', dataclasses.replace(workload, splits='block2a')).fits
+    assert plan_on('tpu_v3_8', workload).fits
+
+
 def test_predictions_on_this_machine(tmp_path):
     found, _ = measured()
     (tmp_path / 'machine.json').write_text(json.dumps(found))
-    flags = found['flags'] | {'stages': 2, 'schedule': 'grouped'}
+    flags = found['flags'] | {'stages': 2, 'schedule': 'grouped', 'width': 0.0, 'depth': 0.0}
     result = {'flags': flags, 'splits': 'block4a', 'seconds': {'one_stage': 0.5, 'pipeline': 9.0}}
     (tmp_path / 'pipeline_4x8.json').write_text(json.dumps(result))
     rows = validation.machine_rows(tmp_path / 'machine.json', tmp_path)
