@@ -235,6 +235,12 @@ def test_a_storage_that_is_none_is_one_line(place, tmp_path):
     assert '\n' not in str(error.value)
 
 
+def test_a_storage_in_no_folder_is_one_line(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(ConfigError, match='--storage: folder .*file cannot be made'):
+        search.open_storage(str(tmp_path / 'file' / 'sweep.db'))
+
+
 def test_pictures_and_best(tmp_path):
     sweep = make(tmp_path, trials=3)
     sweep.work()
@@ -264,7 +270,6 @@ def test_without_two_accuracies_there_is_nothing_to_draw(tmp_path):
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.rate_per_example=-1'], 'above 0'),
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.rate_per_example=nan'], 'above 0'),
         (['--study=lars', f'--config={DIGITS}', '--trials=2', f'--workdir={DIGITS}'], '--workdir: folder'),
-        (['--study=lars', f'--config={DIGITS}', '--trials=2', f'--storage={DIGITS}/x.db'], '--storage: folder'),
     ],
 )
 def test_errors_are_one_line(argv, words, capsys):
