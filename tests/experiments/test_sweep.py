@@ -237,7 +237,7 @@ def test_a_storage_that_is_none_is_one_line(place, tmp_path):
 
 def test_a_storage_in_no_folder_is_one_line(tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(ConfigError, match='--storage: folder .*file cannot be made'):
+    with pytest.raises(ConfigError, match='--storage: folder '):
         search.open_storage(str(tmp_path / 'file' / 'sweep.db'))
 
 
