@@ -17,7 +17,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from efficientnet.errors import ConfigError, RunError, leave
+from efficientnet.errors import ConfigError, RunError, leave, plainly
 
 MODES = ('train', 'evaluate', 'predict')
 
@@ -111,15 +111,6 @@ def parse(argv: list[str]) -> list[str]:
         if flag.present and _MODE.value != 'predict':
             leave(f'--{flag.name} means nothing to --mode={_MODE.value}, only to --mode=predict')
     return rest
-
-
-def plainly(error: Exception) -> str:
-    """Returns what a flag's error says; of the traceback of a recipe, which ml_collections quotes, the last line."""
-    missing = error.args[0] if isinstance(error, AttributeError) and error.args else error
-    if isinstance(missing, KeyError):  # whose text is quoted, with its line breaks
-        return f'--config has no field {missing.args[0]}'
-    where, traceback, _ = str(error).partition('Error whilst parsing config file:')
-    return where + str(error).strip().splitlines()[-1].removeprefix('ValueError: ') if traceback else where
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from efficientnet.errors import ConfigError
+from efficientnet.errors import ConfigError, plainly
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAM = (sys.executable, str(ROOT / 'main.py'))
@@ -54,7 +54,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
         rest = found(argv)
         found.config.keys()  # a recipe that could not be loaded says so only when it is used
     except Exception as error:  # ml_collections raises AttributeError, TypeError, ValueError, … for a bad override
-        raise ConfigError(f'{path} with these fields cannot be loaded: {error}') from error
+        raise ConfigError(f'{path}: {plainly(error)}') from error
     if rest[1:]:
         raise ConfigError(f'unexpected argument {rest[1]!r}; flags start with --')
     return found.config
