@@ -2,8 +2,8 @@
 
 python main.py --config=configs/cifar10.py --workdir=runs/cifar10
 
-Two CPU cores: 83.3 % of the 10,000 test images (seed 0; averaged weights 83.1 %) after 12.5 epochs, 49 minutes at
-221 images/s with other work on the machine, and 81.3 % of them after 10 epochs, 40 minutes.
+Two cores of an Intel Xeon: 83.4 % of the 10,000 test images (seed 0; averaged weights 83.4 %) after 12.5 epochs, 23
+minutes at 463 images/s; on a slower machine with other work beside it 83.3 % after 49 minutes, at 221 images/s.
 """
 
 import ml_collections
@@ -12,7 +12,7 @@ from configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe for two CPU cores: 12.5 epochs at 220 to 290 images/s."""
+    """Returns the recipe for two CPU cores: 12.5 epochs at 220 to 540 images/s."""
     config = base.get_config()
     config.dataset = 'cifar10'
     config.image_size = 32
