@@ -17,7 +17,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from efficientnet.errors import ConfigError, RunError, leave, plainly
+from efficientnet.errors import ConfigError, RunError, leave, plainly, status
 
 MODES = ('train', 'evaluate', 'predict')
 
@@ -129,7 +129,7 @@ def main() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if speaks(error):
                 leave(error)
-            sys.exit(2)
+            sys.exit(status(error))
         except BrokenPipeError:  # whoever reads the predictions, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)

@@ -25,7 +25,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import base
-from efficientnet.errors import ConfigError, RunError, leave
+from efficientnet.errors import ConfigError, RunError, leave, plainly
 from efficientnet.loop.settings import CHECKPOINTS, CONFIG, flatten
 from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.weights import architectures, naming, state_dicts
@@ -215,7 +215,7 @@ def main() -> None:
     try:  # which looks up the fields on the command line at once
         config = config_flags.DEFINE_config_dict('config', base.get_config(), 'Fields to set in the run that is made.')
     except (AttributeError, KeyError) as error:
-        leave(f'--config has no field {error.args[0]}; configs/base.py names all')
+        leave(plainly(error))
 
     def parse(argv: list[str]) -> list[str]:
         try:

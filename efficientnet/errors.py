@@ -12,10 +12,19 @@ class RunError(Exception):
     """A run that cannot go on (weights stay non-finite, disk full); the message says how to go on."""
 
 
+class DivergedError(RunError):
+    """Updates that stay non-finite: what a recipe does, wherever it runs."""
+
+
+def status(problem: object) -> int:
+    """Returns the exit status of a command that ends with a problem: 4 if a run diverged, else 2."""
+    return 4 if isinstance(problem, DivergedError) else 2
+
+
 def leave(problem: object) -> NoReturn:
-    """Ends a command with what is wrong as one line on standard error, and status 2."""
+    """Ends a command with what is wrong as one line on standard error, and the problem's status."""
     print('error: ' + ' '.join(str(problem).split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status(problem))
 
 
 def plainly(error: Exception) -> str:

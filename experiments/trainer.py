@@ -36,6 +36,7 @@ class Outcome:
 
     summary: dict[str, Any] | None = None  # of summary.json
     error: str | None = None  # one line
+    status: int = 0  # of the process that ended with an error; below 0 the signal that killed it
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -130,7 +131,8 @@ def run(
         return Outcome(summary=json.loads((workdir / 'summary.json').read_text()))
     if asked:
         return Outcome()
-    return Outcome(error=_last_line(workdir / LOG, start) if process.returncode > 0 else _death(process.returncode))
+    code = process.returncode
+    return Outcome(error=_last_line(workdir / LOG, start) if code > 0 else _death(code), status=code)
 
 
 def evaluations(workdir: pathlib.Path) -> list[float]:

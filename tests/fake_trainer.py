@@ -29,6 +29,9 @@ def main() -> None:
     if float(flags.get('optimizer.weight_decay', 0)) > 5e-4:
         print('compiling …')
         print('error: 20 updates in a row were not finite', file=sys.stderr)
+        sys.exit(4)
+    if flags.get('epochs') == '-3':
+        print('error: epochs=-3 is out of range', file=sys.stderr)
         sys.exit(2)
     if 'crash' in flags.get('dataset', ''):
         os.kill(os.getpid(), signal.SIGKILL)

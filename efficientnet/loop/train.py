@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from efficientnet.errors import ConfigError, RunError
+from efficientnet.errors import ConfigError, DivergedError
 from efficientnet.loop.assemble import Parts, assemble
 from efficientnet.loop.checkpoints import Checkpoints
 from efficientnet.loop.evaluation import run_evaluation
@@ -310,7 +310,7 @@ class Run:
             self._report.add(jax.device_get(metrics))
         limit, in_row = self.parts.config.precision.max_skipped, int(metrics['skipped_in_row'])
         if in_row >= limit:
-            error = RunError(
+            error = DivergedError(
                 f'{in_row} updates in a row were not finite (precision.max_skipped={limit}), the last at step '
                 f'{self.position}; lower optimizer.rate_per_example or precision.initial_loss_scale; '
                 f'the newest checkpoint in {self.workdir} is of step {self._saved_at}'

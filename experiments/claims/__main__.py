@@ -61,11 +61,11 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
     planned = runs.plan(scale, every, every, args.workdir / args.scale, more)
     results = args.results or args.workdir / f'{args.scale}.csv'
     names = table.needed(scale, args.claims)
-    stopped = 0
+    left = 0
     if not args.show:
         trainer.make_folder('workdir', args.workdir)
         trainer.make_folder('results', results.parent)
-        stopped = train([one for one in planned if one.name in names], every, args.workers)
+        left = train([one for one in planned if one.name in names], every, args.workers)
     rows = [row for one in planned if (row := runs.read(one, every)) is not None]
     if not args.show:
         runs.write_rows(rows, results)
@@ -79,18 +79,22 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
     claims = {name: claim for name, claim in table.claims(scale).items() if name in args.claims}
     print(report.show(claims, runs.collect(rows)))
     print(f'{len(rows)} runs; {results}')
-    if stopped:
-        sys.exit(128 + stopped)
+    if left:
+        sys.exit(left)
 
 
 def train(planned: list[runs.Run], every: dict[str, table.Setting], workers: int) -> int:
-    """Does the runs that are not done; returns the number of the signal that ended it early, or 0."""
+    """Does the runs that are not done; returns the status to leave with: 0 if none is left.
+
+    Raises:
+        ConfigError: A run was refused.
+    """
     missing = [one for one in planned if runs.read(one, every) is None]
     print(f'{len(planned) - len(missing)} of {len(planned)} runs are done', flush=True)
     with Interrupt() as interrupt:
         runner = runs.Runner(missing, every, stop=interrupt.requested, say=lambda text: print(text, flush=True))
         trainer.in_threads(workers, runner.work)
-    return interrupt.number
+    return 128 + interrupt.number if interrupt.number else int(runner.broken > 0)
 
 
 def main(argv: list[str]) -> None:

@@ -37,8 +37,8 @@ def describe(finding: Finding) -> str:
         text += f' = {mean} [{low}, {high}]{" paired" if one.paired else ""}'
     if one.expected:
         text += f'; expected {bounds_text(one.expected, seconds)}: {finding.verdict}'
-    if finding.failed:
-        text += f'; {finding.failed} runs failed' + ('' if seconds else ' and count as guessing')
+    if finding.diverged:
+        text += f'; {finding.diverged} diverged' + ('' if seconds else ' and count as guessing')
     return text
 
 

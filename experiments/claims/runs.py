@@ -2,6 +2,10 @@
 
 A run is done when its folder has outcome.json, and it is done again when what it would be given has changed. One that
 was killed goes on from its checkpoint. Several commands, on several machines too, may share a folder.
+
+A run that diverges has said something of its setting, and is done. One that is refused (no data, no room, a field out
+of range) or killed has not: the former ends everything, since all others would be refused too, and after the latter
+the others go on; the same command then tries again.
 """
 
 import csv
@@ -14,11 +18,12 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from efficientnet.errors import ConfigError
+from efficientnet.errors import ConfigError, DivergedError, status
 from experiments import trainer
 from experiments.claims.table import Scale, Setting
 
 OUTCOME = 'outcome.json'
+REFUSED, DIVERGED = status(ConfigError()), status(DivergedError())  # of a run's process
 COLUMNS = (
     'setting',
     'seed',
@@ -33,7 +38,7 @@ COLUMNS = (
     'classes',
     'device',
     'jax',
-    'error',  # of a run that failed
+    'error',  # of a run that diverged
     'command',
 )
 
@@ -94,10 +99,16 @@ class Runner:
         self._waiting, self._every = list(runs), every
         self._stop, self._say, self._program = stop, say, program
         self._turn = threading.Condition()
+        self._refused = False
+        self.broken = 0  # runs that ended without having said anything of their settings
         self._running: set[pathlib.Path] = set()
 
     def work(self) -> None:
-        """Takes one run after the other until none is left or told to stop."""
+        """Takes one run after the other until none is left or told to stop.
+
+        Raises:
+            ConfigError: A run was refused.
+        """
         while (run := self._next()) is not None:
             try:
                 self._do(run)
@@ -109,7 +120,7 @@ class Runner:
     def _next(self) -> Run | None:
         """The next run; waits while all that are left start from one that is under way."""
         with self._turn:
-            while self._waiting and not self._stop():
+            while self._waiting and not self._leaves():
                 for run in self._waiting:
                     start = run.start(self._every)
                     if not (start and start.workdir in self._running):
@@ -118,6 +129,9 @@ class Runner:
                         return run
                 self._turn.wait(trainer.POLL)
         return None
+
+    def _leaves(self) -> bool:
+        return self._refused or self._stop()
 
     def _do(self, run: Run) -> None:
         given, start = run.arguments(self._every), run.start(self._every)
@@ -132,9 +146,16 @@ class Runner:
                 self._say(f'{run.name}, seed {run.seed}: another process is at it')
                 return
             _forget_other(run.workdir, given)
-            outcome = trainer.run(given, run.workdir, lock, leave=lambda _: self._stop(), program=self._program)
+            outcome = trainer.run(given, run.workdir, lock, leave=lambda _: self._leaves(), program=self._program)
             if outcome == trainer.Outcome():
                 self._say(f'{run.name}, seed {run.seed}: stopped; the same command goes on with it')
+                return
+            if outcome.error and outcome.status != DIVERGED:
+                self.broken += 1
+                if outcome.status == REFUSED:
+                    self._refused = True
+                    raise ConfigError(f'{run.name}, seed {run.seed}: {outcome.error.removeprefix("error: ")}')
+                self._say(f'{run.name}, seed {run.seed}: {outcome.error}; the same command tries again')
                 return
             row = _row(run, given, outcome, before['seconds'] or 0.0)
             _write_whole(run.workdir / OUTCOME, json.dumps({'arguments': given, 'row': row}, indent=2))

@@ -1,6 +1,6 @@
 """Statistics of the claims: means over seeds, intervals of their differences, and what those say.
 
-A run that failed, such as one whose weights did not stay finite, counts with the accuracy of guessing: leaving it out
+A run that diverged counts with the accuracy of guessing: leaving it out
 would make a setting that fails half of the time look as good as its better half.
 """
 
@@ -49,7 +49,7 @@ class Finding:
     b: Sample | None
     difference: Difference | None  # None with fewer than two seeds of either
     verdict: str
-    failed: int  # runs among both
+    diverged: int  # runs among both
 
 
 def sample(values: Sequence[float]) -> Sample | None:
@@ -110,8 +110,8 @@ def find(comparison: Comparison, rows: Rows) -> Finding:
         verdict = MEASURED
     elif fewest >= ENOUGH:
         verdict = judge(difference, comparison.expected)
-    failed = sum(bool(row['error']) for row in [*a.values(), *b.values()])
-    return Finding(comparison, *samples, difference, verdict, failed)
+    diverged = {(row['setting'], row['seed']) for row in [*a.values(), *b.values()] if row['error']}
+    return Finding(comparison, *samples, difference, verdict, len(diverged))
 
 
 def conclude(claim: Claim, rows: Rows) -> tuple[str, list[Finding]]:
@@ -125,7 +125,7 @@ def conclude(claim: Claim, rows: Rows) -> tuple[str, list[Finding]]:
 
 
 def _numbers(rows: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
-    """One number a seed, where there is one; of a failed run the accuracy of guessing, and of it no other number."""
+    """One number a seed, where there is one; of a run that diverged the accuracy of guessing, and no other number."""
     guessing = name.startswith('test_accuracy')
     known = {seed: row for seed, row in rows.items() if (guessing if row['error'] else row[name] is not None)}
     return {seed: 1 / row['classes'] if row['error'] else row[name] for seed, row in known.items()}

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from efficientnet.errors import ConfigError
-from experiments.planner.calibration import MACHINE_FILE, plan_on
+from experiments.planner.calibration import MACHINE_FILE, REFERENCE, plan_on
 from experiments.planner.plan import Plan
 from experiments.planner.report import batch_table
 from experiments.planner.systems import SYSTEMS
@@ -58,9 +58,16 @@ def _left_open(workload: Workload) -> Workload:
 
 
 def published_numbers(plans: Sequence[Plan], value: str) -> Mapping[str, list[float]]:
-    """Returns what was published of the plans' systems, by name: 'images_per_second', or the 'hours' these make."""
+    """Returns what was published of the plans' systems, by name: 'images_per_second', or the 'hours' these make.
+
+    None for other networks than the reference's, of which alone something was published.
+    """
     found: dict[str, list[float]] = {}
-    hours = {plan.system.name: plan.hours * plan.images_per_second for plan in plans}
+    hours = {
+        plan.system.name: plan.hours * plan.images_per_second
+        for plan in plans
+        if all(getattr(plan.workload, name) == getattr(REFERENCE, name) for name in ('model', 'group_size', 'pixels'))
+    }
     for name, speed, _ in PUBLISHED:
         if name in hours:
             found.setdefault(name, []).append(hours[name] / speed if value == 'hours' else speed)
@@ -82,8 +89,9 @@ def write(plans: Sequence[Plan], folder: pathlib.Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         for value, what in CHARTS.items():
             figure = Figure(figsize=(8, 4), layout='constrained')
-            title = f'{what}; dashes: published, of Mk2 unconfirmed'
-            draw_bars(figure.subplots(), plans, value, title, published_numbers(plans, value))
+            published = published_numbers(plans, value)
+            title = f'{what}; dashes: published, of Mk2 unconfirmed' if published else what
+            draw_bars(figure.subplots(), plans, value, title, published)
             figure.savefig(folder / f'{value}.png', dpi=100)
         (folder / 'batch_sizes.md').write_text(text + '\n')
     except OSError as error:

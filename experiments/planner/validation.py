@@ -184,7 +184,10 @@ def machine_rows(machine_file: pathlib.Path = MACHINE_FILE, results: pathlib.Pat
             flags = found['flags']
             size = f'micro-batch {flags["micro_batch"]} × {flags["accumulation"]}'
             for stages, job in ((1, 'one_stage'), (flags['stages'], 'pipeline')):
-                plan = _measured_plan(machine, flags, found['splits'] if stages > 1 else '', how)
+                splits = found['splits'] if stages > 1 else ''
+                if _workload(flags, splits) == machine.workload:
+                    continue  # which the calibration is of
+                plan = _measured_plan(machine, flags, splits, how)
                 if plan is None:
                     continue
                 count = f'{stages} stage{"s" if stages > 1 else ""}'

@@ -13,6 +13,7 @@ told apart by CUDA_VISIBLE_DEVICES or the like.
 import argparse
 import collections
 import pathlib
+import shlex
 import sys
 
 import optuna
@@ -59,6 +60,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     """Runs what is left of a sweep and writes what came of it."""
     plan = studies.STUDIES[args.study]
     recipe = trainer.load_recipe(args.config, overrides)
+    for field in sorted(studies.own_fields(plan)):
+        if any(argument.startswith(f'--config.{field}=') for argument in overrides):
+            raise ConfigError(f'--config.{field} means nothing here: study {args.study} sets it in every trial')
     space = studies.distributions(plan, recipe)
     trainer.make_folder('workdir', args.workdir)
     study = search.open_study(args.name, search.open_storage(args.storage), recipe, prune=args.prune)
@@ -79,13 +83,16 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         trainer.in_threads(args.workers, sweep.work)
     for file in report.write(study, args.workdir):
         print(file)
-    print(summary(study))
+    print(summary(study, plan))
     if interrupt.requested():
         sys.exit(128 + interrupt.number)
+    states = {trial.state for trial in study.get_trials(deepcopy=False)}
+    if optuna.trial.TrialState.FAIL in states and optuna.trial.TrialState.COMPLETE not in states:
+        sys.exit(1)
 
 
-def summary(study: optuna.Study) -> str:
-    """Returns how many trials ended how, and the best with its values."""
+def summary(study: optuna.Study, plan: studies.Study) -> str:
+    """Returns how many trials ended how, and the best with what to add to the recipe's command."""
     trials = study.get_trials(deepcopy=False)
     ended = zip(trials, report.states(trials), strict=True)
     counts = collections.Counter(state for trial, state in ended if search.FOLDER in trial.user_attrs)
@@ -94,7 +101,7 @@ def summary(study: optuna.Study) -> str:
     if done:
         best = max(done, key=lambda trial: trial.value)
         lines.append(f'best: {best.value:.2%} by trial {best.number}')
-        lines += [f'  {field} = {search.show(value)}' for field, value in best.params.items()]
+        lines += [f'  {shlex.quote(trainer.override(*item))}' for item in studies.changes(plan, best.params).items()]
     return '\n'.join(lines)
 
 

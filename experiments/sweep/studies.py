@@ -90,6 +90,11 @@ def grid(study: Study, recipe: ml_collections.ConfigDict) -> dict[str, tuple[Any
     return {field: _grid(field, dimension, recipe) for field, dimension in study.space.items()}
 
 
+def own_fields(study: Study) -> set[str]:
+    """Returns the fields that a study sets whatever they are in the recipe, those it searches around excepted."""
+    return set(study.changes) | {field for field, dimension in study.space.items() if not dimension.of_recipe}
+
+
 def changes(study: Study, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """Returns how a trial's config differs from the recipe: the study's changes, and what was drawn.
 

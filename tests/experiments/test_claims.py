@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from efficientnet.errors import ConfigError
 from efficientnet.loop.assemble import assemble
 from efficientnet.loop.settings import flatten
 from experiments import trainer
@@ -91,15 +92,17 @@ def test_numbers_that_nobody_measured_are_left_out():
     assert verdicts.find(Comparison('a', 'b'), rows).a.n == 2
 
 
-def test_a_failed_run_counts_as_guessing_and_has_no_time():
+def test_a_run_that_diverged_counts_as_guessing_and_has_no_time():
     rows = runs.collect([*(row('a', seed, 0.8) for seed in range(4)), row('a', 4, None, 'error: not finite')])
     rows |= rows_of(b=[0.7, 0.71, 0.72, 0.73, 0.74])
     found = verdicts.find(Comparison('a', 'b', (0.0, math.inf)), rows)
     assert found.a == verdicts.Sample(
         pytest.approx((4 * 0.8 + 0.1) / 5), pytest.approx(np.std([0.8] * 4 + [0.1], ddof=1)), 5
     )
-    assert (found.failed, found.verdict) == (1, OPEN)
-    assert '1 runs failed and count as guessing' in report.describe(found)
+    assert (found.diverged, found.verdict) == (1, OPEN)
+    assert '1 diverged and count as guessing' in report.describe(found)
+    twice = verdicts.find(Comparison('a', 'a'), rows)
+    assert twice.diverged == 1
     times = verdicts.find(Comparison('a', 'b', (0.0, math.inf), of_a='seconds', of_b='seconds'), rows)
     assert (times.a.n, times.b.n) == (4, 5)
     assert times.verdict == OPEN  # four are too few
@@ -244,6 +247,24 @@ def test_showing_writes_nothing(tmp_path, monkeypatch, capsys):
     command.main(['--scale=digits', '--show', f'--workdir={tmp_path / "work"}'])
     assert '1 runs; ' in capsys.readouterr().out
     assert not (tmp_path / 'work').exists()
+
+
+def test_a_run_that_is_refused_says_nothing_and_ends_all(tmp_path):
+    with pytest.raises(ConfigError, match='bad, seed 0: epochs=-3 is out of range'):
+        runner(tmp_path, workers=1, bad=Setting({'epochs': -3}), good=Setting())
+    assert not list(tmp_path.glob('*/*/outcome.json'))
+    assert starts(tmp_path, 'bad') == [1]
+    rows, _ = runner(tmp_path, seeds=1, good=Setting())
+    assert len(rows) == 1
+
+
+def test_after_a_run_that_is_killed_the_others_go_on(tmp_path):
+    settings = {'one': Setting({'dataset': 'crash'}), 'two': Setting()}
+    rows, said = runner(tmp_path, seeds=1, workers=1, **settings)
+    assert [row['setting'] for row in rows] == ['two']
+    assert said[0] == 'one, seed 0: killed by SIGKILL; the same command tries again'
+    rows, _ = runner(tmp_path, seeds=1, workers=1, **settings)
+    assert starts(tmp_path, 'one') == [2]
 
 
 def test_a_stopped_run_goes_on_in_its_folder(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from optuna.trial import TrialState
 
 from efficientnet.errors import ConfigError
 from efficientnet.loop.assemble import assemble
+from efficientnet.loop.settings import flatten
 from experiments import trainer
 from experiments.sweep import __main__ as command
 from experiments.sweep import report, search, studies
@@ -248,8 +250,13 @@ def test_pictures_and_best(tmp_path):
     assert [path.name for path in files] == ['trials.csv', *[f'{name}.png' for name in report.PICTURES]]
     assert all(path.read_bytes()[:4] == b'\x89PNG' for path in files[1:])
     best = max(float(row['test_accuracy']) for row in rows(sweep, tmp_path))
-    assert f'best: {best:.2%}' in command.summary(sweep.study)
-    assert '3 complete' in command.summary(sweep.study)
+    said = command.summary(sweep.study, sweep.plan)
+    assert f'best: {best:.2%}' in said
+    assert '3 complete' in said
+    overrides = [word for line in said.splitlines() for word in shlex.split(line) if word.startswith('--config.')]
+    config = flatten(trainer.load_recipe(DIGITS, overrides))  # a line can be pasted: units and all digits are there
+    given = studies.changes(sweep.plan, sweep.study.best_params)
+    assert {field: config[field] for field in given} == given
 
 
 def test_without_two_accuracies_there_is_nothing_to_draw(tmp_path):
@@ -270,6 +277,8 @@ def test_without_two_accuracies_there_is_nothing_to_draw(tmp_path):
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.rate_per_example=-1'], 'above 0'),
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.rate_per_example=nan'], 'above 0'),
         (['--study=lars', f'--config={DIGITS}', '--trials=2', f'--workdir={DIGITS}'], '--workdir: folder'),
+        (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.momentum=0.5'], 'means nothing here'),
+        (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.name=sgd'], 'means nothing here'),
     ],
 )
 def test_errors_are_one_line(argv, words, capsys):
