@@ -4,15 +4,26 @@ python main.py --config=configs/cifar10.py --workdir=runs/cifar10
 
 Two cores of an Intel Xeon: 83.4 % of the 10,000 test images (seed 0; averaged weights 83.4 %) after 12.5 epochs, 23
 minutes at 463 images/s; on a slower machine with other work beside it 83.3 % after 49 minutes, at 221 images/s.
+
+python main.py --config=configs/cifar10.py:gpu --workdir=runs/cifar10
+
+One NVIDIA H100: 91.3 % (averaged weights 91.5 %) after 80 epochs, six minutes at 14,663 images/s, 71 seconds of them
+compiling. After 10 epochs it stands at 69.8 %, after 40 at 84.1 %, where the small recipe is after 12: the rate, right
+for the small network, is probably too large for this one until it has decayed.
 """
 
 import ml_collections
 
-from configs import base
+from configs import arguments, base
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe for two CPU cores: 12.5 epochs at 220 to 540 images/s."""
+def get_config(argument: str = '') -> ml_collections.ConfigDict:
+    """Returns the recipe.
+
+    Args:
+        argument: 'cpu', 12.5 epochs on two cores, if left out; 'gpu' for a network of nine times the work.
+    """
+    (machine,) = arguments.parse(argument, ('cpu', 'gpu'))
     config = base.get_config()
     config.dataset = 'cifar10'
     config.image_size = 32
@@ -42,4 +53,25 @@ def get_config() -> ml_collections.ConfigDict:
     config.averaging.epoch_decay = 0.5
     config.evaluation.every = '5 epochs'
     config.log_every = '200 steps'
+    if machine == 'gpu':
+        _enlarge(config)
     return config
+
+
+def _enlarge(config: ml_collections.ConfigDict) -> None:
+    """More pixels, all the residual connections of B0, and as long a run as pays on a GPU."""
+    config.epochs = 80.0
+    config.global_batch = config.micro_batch = 128
+    config.recompute = 'none'
+    config.model.width = 2.0
+    config.model.depth = 1.0
+    config.model.stem_stride = 1
+    config.model.strides = (1, 2, 1, 1, 2, 1, 1)
+    config.model.dropout = 0.2
+    config.model.survival = 0.9
+    config.schedule.warmup = '2 epochs'
+    config.augment.pad = 4
+    config.augment.cutmix_probability = 0.25
+    config.averaging.epoch_decay = 0.8
+    config.checkpoint.every = '20 epochs'
+    config.evaluation.every = '10 epochs'

@@ -304,10 +304,10 @@ class Run:
         """Waits for the metrics of the last update but one read late, and stops a run that makes no progress."""
         if self._waiting is None:
             return
-        metrics, self._waiting = self._waiting, None
+        metrics, self._waiting = jax.device_get(self._waiting), None
         self._others_leave = bool(metrics['stop'])
         if self._report:
-            self._report.add(jax.device_get(metrics))
+            self._report.add(metrics)
         limit, in_row = self.parts.config.precision.max_skipped, int(metrics['skipped_in_row'])
         if in_row >= limit:
             error = DivergedError(

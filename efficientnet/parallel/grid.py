@@ -4,7 +4,10 @@ Device index = replica · stages + stage, so that a replica's stages sit next to
 on the grid have a leading axis of that length with one row a device; a process sees and fills its own rows.
 """
 
+import collections
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -106,14 +109,26 @@ class Grid:
     def prefetch(self, batches: Iterable[dict[str, np.ndarray]], depth: int) -> Iterator[dict[str, jax.Array]]:
         """Yields sharded batches, keeping `depth` of them on their way to the devices ahead of the caller.
 
-        The copies are asynchronous, so the devices find their next batch there when an update ends.
+        The copies are asynchronous, so the devices find their next batch there when an update ends. A thread takes
+        the batches and starts the copies: a GPU's kernels are launched one by one by the thread that calls the
+        program, and what the host did in between would be time in which nothing is launched.
         """
-        waiting: list[dict[str, jax.Array]] = []
-        for batch in batches:
-            waiting.append(self.shard(batch))
-            if len(waiting) > depth:
-                yield waiting.pop(0)
-        yield from waiting
+        left = iter(batches)
+
+        def take() -> dict[str, jax.Array] | None:
+            batch = next(left, None)
+            return None if batch is None else self.shard(batch)
+
+        with contextlib.ExitStack() as stack:
+            thread = futures.ThreadPoolExecutor(1, 'prefetch')
+            stack.callback(thread.shutdown, cancel_futures=True)
+            ahead = collections.deque(thread.submit(take) for _ in range(depth))
+            while True:
+                ahead.append(thread.submit(take))
+                batch = ahead.popleft().result()
+                if batch is None:
+                    return
+                yield batch
 
     def _place(self, rows: list[np.ndarray]) -> jax.Array:
         shape = (len(self.devices), *rows[0].shape[1:])

@@ -205,9 +205,7 @@ def test_another_layout_goes_on(tmp_path, finished):
 
 def test_too_many_skipped_updates_stop_the_run(tmp_path):
     changes = {'precision__initial_loss_scale': 2.0**24, 'precision__max_skipped': 2}
-    with pytest.raises(
-        DivergedError, match=r'2 updates in a row were not finite .*newest checkpoint .* of step 0'
-    ):
+    with pytest.raises(DivergedError, match=r'2 updates in a row were not finite .*newest checkpoint .* of step 0'):
         train(tiny_config(precision__policy='16.16', **changes), tmp_path)
 
 

@@ -1,9 +1,13 @@
+import itertools
+import threading
+
 import jax
 import numpy as np
 import pytest
 
 from efficientnet.parallel.grid import Grid
 from efficientnet.parallel.layout import Layout
+from input_pipeline.errors import DataError
 
 
 def grid(replicas=4, splits=()):
@@ -48,15 +52,36 @@ def test_programs_have_the_axis_and_prefetched_batches_are_in_place():
 
 
 def test_prefetch_stays_ahead_and_ends():
-    taken = []
+    taken, third = [], threading.Event()
 
     def batches():
         for i in range(4):
             taken.append(i)
-            yield {'x': np.zeros((4, 1))}
+            if i == 2:
+                third.set()
+            yield {'x': np.full((4, 1), i)}
 
     stream = grid().prefetch(batches(), 2)
-    next(stream)
+    first = next(stream)
+    assert third.wait(60)
     assert taken == [0, 1, 2]
-    assert sum(1 for _ in stream) == 3
+    seen = [first, *stream]
+    assert [int(batch['x'][0, 0, 0]) for batch in seen] == [0, 1, 2, 3]
     assert list(grid().prefetch([], 3)) == []
+    assert len(list(grid().prefetch([{'x': np.zeros((4, 1))}] * 3, 0))) == 3
+
+
+def test_what_goes_wrong_with_a_batch_is_raised_in_its_place_and_no_thread_is_left():
+    def batches():
+        yield {'x': np.zeros((4, 1))}
+        raise DataError('a damaged image')
+
+    before = threading.active_count()
+    stream = grid().prefetch(batches(), 2)
+    next(stream)
+    with pytest.raises(DataError, match='a damaged image'):
+        next(stream)
+    endless = grid().prefetch(itertools.repeat({'x': np.zeros((4, 1))}), 2)
+    next(endless)
+    endless.close()
+    assert threading.active_count() == before
