@@ -1,5 +1,6 @@
 """What stands for "the user can mend this", and the one line that every command then ends with."""
 
+import re
 import sys
 from typing import NoReturn
 
@@ -29,6 +30,9 @@ def leave(problem: object) -> NoReturn:
 
 def plainly(error: Exception) -> str:
     """Returns what a flag's error says; of the traceback of a recipe, which ml_collections quotes, the last line."""
+    unread = re.search(r"Failed loading config file .*\[Errno \d+\] (.*): '(.*)'", str(error), re.DOTALL)
+    if unread:
+        return f'--config={unread[2]} cannot be read: {unread[1]}'
     missing = error.args[0] if isinstance(error, AttributeError) and error.args else error
     if isinstance(missing, KeyError):  # whose text is quoted, with its line breaks
         return f'--config has no field {missing.args[0]}'

@@ -55,7 +55,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
         rest = found(argv)
         found.config.keys()  # a recipe that could not be loaded says so only when it is used
     except Exception as error:  # ml_collections raises AttributeError, TypeError, ValueError, … for a bad override
-        raise ConfigError(f'{path}: {plainly(error)}') from error
+        said = plainly(error)
+        raise ConfigError(said if path in said else f'{path}: {said}') from error
     if rest[1:]:
         raise ConfigError(f'unexpected argument {rest[1]!r}; flags start with --')
     return found.config

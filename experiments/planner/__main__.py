@@ -54,7 +54,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f'--{name}', type=type(value), default=value, help=f'{meaning} (%(default)s)')
     parser.add_argument('--stages', default='auto', help="devices of one copy, or 'auto': the fastest that fits")
     parser.add_argument('--json', action='store_true', help='print one JSON object instead of text')
-    parser.add_argument('--machine', type=pathlib.Path, default=MACHINE_FILE, help='what --calibrate wrote or writes')
+    parser.add_argument(
+        '--machine', type=pathlib.Path, default=MACHINE_FILE, help='what --calibrate wrote, or writes over'
+    )
     parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/planner'), help='folder of the charts')
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument('--sweep', choices=['systems'], help='draw throughput and hours by system')
@@ -73,7 +75,8 @@ def run(args: argparse.Namespace) -> str:
     if args.calibrate:
         from experiments.planner.measure import calibrate
 
-        return json.dumps(calibrate(args.machine), indent=1)
+        found = calibrate(args.machine)
+        return json.dumps(found) if args.json else f'{report.measured(found)}\n\nwritten to {args.machine}'
     if args.validate:
         rows = [*validation.published_rows(), *validation.memory_rows(), *validation.machine_rows(args.machine)]
         claims = validation.claims()
@@ -86,7 +89,12 @@ def run(args: argparse.Namespace) -> str:
         text = sweeps.write(plans, args.out)
         return json.dumps([plan.as_json() for plan in plans]) if args.json else f'{text}\n\ncharts in {args.out}'
     plan = plan_on(args.system, workload, args.machine)
-    return json.dumps(plan.as_json()) if args.json else report.show(plan, _calibrated(args.system, args.machine))
+    if args.json:
+        return json.dumps(plan.as_json())
+    text = report.show(plan, _calibrated(args.system, args.machine))
+    if args.system == THIS_MACHINE and workload.policy != load_machine(args.machine).workload.policy:
+        text += f'\nmeasured in 32.32: a CPU computes 16 bits in fp32, so {workload.policy} will be slower than planned'
+    return text
 
 
 def _stages(text: str) -> int:

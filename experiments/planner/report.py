@@ -1,6 +1,7 @@
 """A plan as text, and the batch-size table of several."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from efficientnet.parallel.stages import PASSES
 from experiments.benchmark.setup import MIB, table
@@ -33,6 +34,22 @@ def show(plan: Plan, calibrated: str) -> str:
         *_results(plan),
     ]
     return '\n'.join(lines)
+
+
+def measured(found: Mapping[str, Any]) -> str:
+    """Returns what `measure.calibrate` found as text."""
+    flags = found['flags']
+    rows = [('block', 'forward', 'forward + backward')]
+    rows += [(name, _time(forward), _time(both)) for name, (forward, both) in found['blocks'].items()]
+    return '\n'.join(
+        [
+            f'{found["machine"]}: {found["flops"] / 1e9:,.0f} GFLOP/s a core, {found["bandwidth"] / 1e9:,.1f} GB/s',
+            f'between two: {1e6 * found["latency"]:,.0f} µs, {found["link_bandwidth"] / 1e9:,.2f} GB/s',
+            f'{flags["model"]}, {flags["image_size"]} pixels, {flags["micro_batch"]} × {flags["accumulation"]}: an '
+            f'update takes {_time(found["update_seconds"])}, a micro-batch in',
+            table(rows),
+        ]
+    )
 
 
 def batch_line(plan: Plan) -> str:

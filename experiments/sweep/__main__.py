@@ -7,7 +7,8 @@ python -m experiments.sweep --study=rmsprop --config=configs/digits.py --grid
 The same command again goes on after a kill. Started on several machines with one --storage, an SQL URL or a file
 they share (FILE.db is SQLite; any other file is a journal, which may lie on NFS), they work on the same study.
 --config.FIELD=VALUE changes the recipe of all trials. A machine with several accelerators takes one command for each,
-told apart by CUDA_VISIBLE_DEVICES or the like.
+told apart by CUDA_VISIBLE_DEVICES or the like. Ctrl-C and SIGTERM have the runs save and leave; a sweep that is killed
+outright leaves them going, and the next one takes them over when they end.
 """
 
 import argparse
@@ -78,8 +79,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             stop=interrupt.requested,
             say=lambda text: print(text, flush=True),
         )
-        if args.grid:
-            sweep.enqueue_grid(studies.grid(plan, recipe))
+        count = sweep.enqueue_grid(studies.grid(plan, recipe)) if args.grid else args.trials
+        print(f'study {args.name}: {count} trials, {args.workers} at a time, in {args.workdir}')
+        print(f'  fixed: {", ".join(f"{name} {value}" for name, value in plan.changes.items())}')
+        for name, distribution in space.items():
+            print(f'  {name}: {studies.describe(plan, name, distribution, recipe, grid=args.grid)}', flush=True)
         trainer.in_threads(args.workers, sweep.work)
     for file in report.write(study, args.workdir):
         print(file)

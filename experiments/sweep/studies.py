@@ -90,6 +90,18 @@ def grid(study: Study, recipe: ml_collections.ConfigDict) -> dict[str, tuple[Any
     return {field: _grid(field, dimension, recipe) for field, dimension in study.space.items()}
 
 
+def describe(
+    study: Study, field: str, distribution: BaseDistribution, recipe: ml_collections.ConfigDict, *, grid: bool
+) -> str:
+    """Returns the values of a field that are tried, for people: '0.8 … 0.98' or, in a grid, '0.885, 0.95'."""
+    dimension = study.space[field]
+    unit = f' {dimension.unit}' if isinstance(dimension, Range) and dimension.unit else ''
+    if grid or isinstance(distribution, CategoricalDistribution):
+        values = _grid(field, dimension, recipe)
+        return ', '.join(f'{value:.4g}' if isinstance(value, float) else str(value) for value in values) + unit
+    return f'{distribution.low:.4g} … {distribution.high:.4g}{unit}' + (', by ratio' if distribution.log else '')
+
+
 def own_fields(study: Study) -> set[str]:
     """Returns the fields that a study sets whatever they are in the recipe, those it searches around excepted."""
     return set(study.changes) | {field for field, dimension in study.space.items() if not dimension.of_recipe}

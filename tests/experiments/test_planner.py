@@ -536,3 +536,20 @@ def test_calibrate(tmp_path, monkeypatch):
     assert 1e8 < found['bandwidth'] < 1e12
     assert 1e-6 < found['latency'] < 0.1
     assert found['link_bandwidth'] > 1e6
+
+
+def test_what_calibration_found_as_text():
+    found, _ = measured()
+    lines = report.measured(found).splitlines()
+    assert f'{found["flops"] / 1e9:,.0f} GFLOP/s a core' in lines[0]
+    assert [line.split()[0] for line in lines[-len(found['blocks']) :]] == list(found['blocks'])
+
+
+def test_16_bits_on_this_machine_are_called_slower(tmp_path, capsys):
+    path = tmp_path / 'machine.json'
+    path.write_text(json.dumps(measured()[0]))
+    flags = ['--system=this_machine', '--model=b0', f'--machine={path}', '--global_batch=8']
+    flags += ['--micro_batch=4', '--image_size=96']
+    for policy, warned in (('32.32', False), ('16.16', True)):
+        command.main([*flags, f'--policy={policy}'])
+        assert ('a CPU computes 16 bits in fp32' in capsys.readouterr().out) == warned

@@ -202,6 +202,19 @@ def test_bad_trials_are_pruned(tmp_path):
     assert max(sweep.study.trials[-1].intermediate_values) == 2
 
 
+def test_what_is_searched_is_said():
+    plan, recipe = studies.STUDIES['lars'], trainer.load_recipe(DIGITS)
+
+    def said(field, *, grid):
+        return studies.describe(plan, field, studies.distributions(plan, recipe)[field], recipe, grid=grid)
+
+    assert said('optimizer.momentum', grid=False) == '0.8 … 0.98'
+    assert said('optimizer.momentum', grid=True) == '0.885, 0.95'
+    assert said('optimizer.weight_decay', grid=False) == '1e-07 … 0.001, by ratio'
+    assert said('schedule.warmup', grid=True) == '5, 20 %'
+    assert said('global_batch', grid=False) == said('global_batch', grid=True) == '64, 128, 256'
+
+
 def test_a_grid_is_done_once(tmp_path):
     space = {
         'optimizer.momentum': studies.Range(0.8, 0.98, (0.85, 0.9)),
