@@ -293,15 +293,15 @@ def test_boxes_of_random_resized_crop():
     assert 0.72 < aspect.min() < aspect.max() < 1.38
 
 
-def test_a_step_hides_the_loading_only_if_it_is_done_meanwhile(monkeypatch):
-    def late():  # every batch takes its time when it is asked for
+def test_a_step_hides_the_loading_that_takes_no_longer(monkeypatch):
+    def loading(seconds):
         while True:
-            time.sleep(0.02)
+            time.sleep(seconds)
             yield np.zeros((1, 2, 2, 3), np.uint8)
 
     monkeypatch.setattr(host_input, '_AHEAD', 1)
-    assert 1.8 < host_input.overlap(late(), 0.02, 5) < 4
-    assert 1 <= host_input.overlap(iter(np.zeros((99, 1, 2, 2, 3), np.uint8)), 0.02, 5) < 1.7
+    assert 1 <= host_input.overlap(loading(0.04), 0.05, 10) < 1.6  # one after the other: 1.8
+    assert 2.5 < host_input.overlap(loading(0.2), 0.05, 10) < 6  # four steps, less what was made ahead
 
 
 def test_unknown_splits_are_one_line():
