@@ -28,7 +28,7 @@ HELP = {
     'image_size': "pixels a side; 0 = the model's",
     'classes': 'of the data set',
     'global_batch': 'images a weight update',
-    'micro_batch': 'images computed at once; 0 = the fastest number that fits',
+    'micro_batch': 'images computed at once; 0 = the fastest that fits, by counts that know no loss on few images',
     'splits': "first block of every stage but the first, 'balanced', or 'auto': the reference's on IPUs, else balanced",
     'replicas': 'copies of the model; 0 = as many as there are devices for',
     'schedule': "'grouped' or 'sequential'",

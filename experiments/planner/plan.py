@@ -22,6 +22,7 @@ on the hosts; collisions between stages that share links; evaluation and checkpo
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,7 @@ class Plan:
         memory: Bytes of the fullest device by part.
         room: Bytes that may be used there.
         activations: Bytes the backward in progress needs, by kind of recomputation.
+        memory_bound: Share of the blocks' time in blocks that by their counts wait for memory, not for arithmetic.
     """
 
     system: System
@@ -76,6 +78,7 @@ class Plan:
     memory: Mapping[str, float]
     room: float
     activations: Mapping[str, float]
+    memory_bound: float
 
     @property
     def update_seconds(self) -> float:
@@ -133,6 +136,7 @@ class Plan:
             'host_bytes_per_second': {images: self.host_bandwidth(images) for images in IMAGE_BYTES},
             'efficiency': self.efficiency,
             'limited_by': self.limited_by,
+            'memory_bound': self.memory_bound,
         }
 
 
@@ -217,11 +221,18 @@ class _Planner:
         counted = self.count(self.workload.micro_batch)
         return self.timed.scaled(self.count(self.timed.micro_batch), counted) if self.timed else counted
 
-    def count(self, micro_batch: int) -> dict[str, BlockTime]:
-        """Returns the times of the blocks on so many images at the device's peak, from counts."""
-        device, workload = self.system.device, self.workload
+    def count(self, micro_batch: int, **better: float) -> dict[str, BlockTime]:
+        """Returns the times of the blocks on so many images at the peak of the device, or of a better one."""
+        device, workload = self.system.device._replace(**better), self.workload
         idle = idle_macs(workload.spec(), workload.pixels, device.group)
         return count_times(self.costs, idle, device, micro_batch, self.storage.compute)
+
+    @functools.cached_property
+    def memory_bound(self) -> float:
+        counted = self.count(self.workload.micro_batch)
+        arithmetic = self.count(self.workload.micro_batch, bandwidth=math.inf)
+        waiting = [time.both for name, time in self.times.items() if counted[name].both > arithmetic[name].both]
+        return sum(waiting) / sum(time.both for time in self.times.values())
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:
@@ -286,4 +297,5 @@ class _Planner:
             memory=memory_parts(system.software, workload.image_bytes(), layout, table, self.storage),
             room=system.device.memory * system.device.usable,
             activations={kind: max(stage.activations for stage in found) for kind, found in tables.items()},
+            memory_bound=self.memory_bound,
         )

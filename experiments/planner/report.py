@@ -93,8 +93,14 @@ def _results(plan: Plan) -> list[str]:
         f'{plan.hours:,.2f} hours',
         f'from the hosts: {sent}, of {system.host_bandwidth / 1e9:,.1f} that they can send; each reads and decodes '
         f'{plan.images_per_second / system.hosts:,.0f} images/s',
-        f'limited by {plan.limited_by}',
+        f'limited by {plan.limited_by}{_waiting(plan)}',
     ]
+
+
+def _waiting(plan: Plan) -> str:
+    if plan.limited_by != 'compute':
+        return ''
+    return f', {plan.memory_bound:.0%} of it in blocks that wait for memory rather than arithmetic'
 
 
 def batch_table(plans: Sequence[Plan]) -> str:

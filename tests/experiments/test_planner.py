@@ -553,3 +553,18 @@ def test_16_bits_on_this_machine_are_called_slower(tmp_path, capsys):
     for policy, warned in (('32.32', False), ('16.16', True)):
         command.main([*flags, f'--policy={policy}'])
         assert ('a CPU computes 16 bits in fp32' in capsys.readouterr().out) == warned
+
+
+def test_blocks_that_wait_for_memory():
+    def share(**device):
+        return make_plan(dataclasses.replace(TOY, device=TOY.device._replace(**device)), SMALL, 1.0).memory_bound
+
+    assert share(bandwidth=1e18) == 0
+    assert share(bandwidth=1e6) == 1
+    costs = block_costs(model_spec('b0', classes=10), 64)
+    arithmetic = [2 * 2 * cost.macs / 1e12 for cost in costs]
+    traffic = [(2 * 2 * 2 * cost.kept + 2 * cost.parameters) / 1e11 for cost in costs]
+    waiting = sum(memory for work, memory in zip(arithmetic, traffic, strict=True) if memory > work)
+    both = zip(arithmetic, traffic, strict=True)
+    assert share(bandwidth=1e11) == pytest.approx(waiting / sum(map(max, both)))
+    assert 0 < share(bandwidth=1e11) < 1
