@@ -30,7 +30,7 @@ def leave(problem: object) -> NoReturn:
 
 def plainly(error: Exception) -> str:
     """Returns what a flag's error says; of the traceback of a recipe, which ml_collections quotes, the last line."""
-    unread = re.search(r"Failed loading config file .*\[Errno \d+\] (.*): '(.*)'", str(error), re.DOTALL)
+    unread = re.search(r"(?:Failed loading|failure to load).*\[Errno \d+\] (.*): '(.*)'", str(error), re.DOTALL)
     if unread:
         return f'--config={unread[2]} cannot be read: {unread[1]}'
     missing = error.args[0] if isinstance(error, AttributeError) and error.args else error

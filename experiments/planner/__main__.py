@@ -28,8 +28,8 @@ HELP = {
     'image_size': "pixels a side; 0 = the model's",
     'classes': 'of the data set',
     'global_batch': 'images a weight update',
-    'micro_batch': 'images computed at once; 0 = the fastest that fits, by counts that know no loss on few images',
-    'splits': "first block of every stage but the first, 'balanced', or 'auto': the reference's on IPUs, else balanced",
+    'micro_batch': 'images computed at once; 0 = the fastest up to 256 that fits, if few images lost no speed',
+    'splits': "first block of each stage but the first, 'balanced', or 'auto': the reference's if any, else balanced",
     'replicas': 'copies of the model; 0 = as many as there are devices for',
     'schedule': "'grouped' or 'sequential'",
     'recompute': "'none', 'block' or 'stage'",
@@ -52,7 +52,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, meaning in HELP.items():
         value = getattr(neutral, name)
         parser.add_argument(f'--{name}', type=type(value), default=value, help=f'{meaning} (%(default)s)')
-    parser.add_argument('--stages', default='auto', help="devices of one copy, or 'auto': the fastest that fits")
+    parser.add_argument(
+        '--stages', default='auto', help="devices of one copy, or 'auto': the fastest that fits (%(default)s)"
+    )
     parser.add_argument('--json', action='store_true', help='print one JSON object instead of text')
     parser.add_argument(
         '--machine', type=pathlib.Path, default=MACHINE_FILE, help='what --calibrate wrote, or writes over'

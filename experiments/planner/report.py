@@ -74,7 +74,10 @@ def _memory(plan: Plan) -> str:
     rows = [('memory of the fullest device', 'MiB')]
     rows += [(f'  {part}', f'{size / MIB:,.1f}') for part, size in plan.memory.items()]
     rows.append((f'of {plan.room / MIB:,.0f} {"fits" if plan.fits else "DOES NOT FIT"}', f'{used / MIB:,.1f}'))
-    rows += [(f'activations under recompute {kind}', f'{plan.activations[kind] / MIB:,.1f}') for kind in PASSES]
+    rows += [
+        (f'largest of any stage, recompute {kind}, without the stash', f'{plan.activations[kind] / MIB:,.1f}')
+        for kind in PASSES
+    ]
     return table(rows)
 
 
@@ -94,6 +97,7 @@ def _results(plan: Plan) -> list[str]:
         f'from the hosts: {sent}, of {system.host_bandwidth / 1e9:,.1f} that they can send; each reads and decodes '
         f'{plan.images_per_second / system.hosts:,.0f} images/s',
         f'limited by {plan.limited_by}{_waiting(plan)}',
+        *([] if plan.fits else ['it does not fit: speed and hours are what they would be if it did']),
     ]
 
 

@@ -248,7 +248,7 @@ def test_text(capsys):
     text = planned('--system=bow_pod64', capsys=capsys)
     assert 'global batch 6,144 = micro-batch 3 × 32 replicas × accumulation 64; 2 stages' in text
     assert 'limited by compute' in text
-    for part in ('weights', 'stash', 'activations under recompute block', 'reduction', 'GB/s as fp32'):
+    for part in ('weights', 'stash', 'recompute block, without the stash', 'reduction', 'GB/s as fp32'):
         assert part in text
 
 

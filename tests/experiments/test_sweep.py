@@ -320,3 +320,12 @@ def test_a_real_sweep(tmp_path):
     summary = json.loads((tmp_path / 'trials' / '0000' / 'summary.json').read_text())
     assert f'best: {summary["test_accuracy"]:.2%} by trial 0' in found.stdout
     assert '1 complete' in found.stdout
+
+
+@pytest.mark.parametrize(
+    ('path', 'why'), [('configs/none.py', 'No such file or directory'), ('configs', 'Is a directory')]
+)
+def test_a_recipe_that_cannot_be_read_is_one_short_line(path, why):
+    with pytest.raises(ConfigError) as raised:
+        trainer.load_recipe(path)
+    assert str(raised.value) == f'--config={path} cannot be read: {why}'
