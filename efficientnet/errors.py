@@ -30,9 +30,9 @@ def leave(problem: object) -> NoReturn:
 
 def plainly(error: Exception) -> str:
     """Returns what a flag's error says; of the traceback of a recipe, which ml_collections quotes, the last line."""
-    unread = re.search(r"(?:Failed loading|failure to load).*\[Errno \d+\] (.*): '(.*)'", str(error), re.DOTALL)
-    if unread:
-        return f'--config={unread[2]} cannot be read: {unread[1]}'
+    unread = re.search(r"""failure to load: .*\[Errno \d+\] (.*): ['"](.*)['"]""", str(error), re.DOTALL)
+    if unread:  # the recipe, or a file that it opens
+        return f'--config: {unread[2]} cannot be read: {unread[1]}'
     missing = error.args[0] if isinstance(error, AttributeError) and error.args else error
     if isinstance(missing, KeyError):  # whose text is quoted, with its line breaks
         return f'--config has no field {missing.args[0]}'

@@ -148,7 +148,7 @@ class Report:
         self._events = Writer(str(workdir))
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """Takes in the metrics of one update (waiting for them if need be)."""
+        """Takes in the metrics of one update."""
         self._latest = {name: float(value) for name, value in metrics.items()}
         self._sums += [self._latest[name] for name in ('loss', 'correct', 'count')]
         self._clock.steps += 1

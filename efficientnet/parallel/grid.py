@@ -5,7 +5,6 @@ on the grid have a leading axis of that length with one row a device; a process 
 """
 
 import collections
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
@@ -119,9 +118,8 @@ class Grid:
             batch = next(left, None)
             return None if batch is None else self.shard(batch)
 
-        with contextlib.ExitStack() as stack:
-            thread = futures.ThreadPoolExecutor(1, 'prefetch')
-            stack.callback(thread.shutdown, cancel_futures=True)
+        thread = futures.ThreadPoolExecutor(1, 'prefetch')
+        try:
             ahead = collections.deque(thread.submit(take) for _ in range(depth))
             while True:
                 ahead.append(thread.submit(take))
@@ -129,6 +127,8 @@ class Grid:
                 if batch is None:
                     return
                 yield batch
+        finally:
+            thread.shutdown(cancel_futures=True)  # once the batch in hand is taken
 
     def _place(self, rows: list[np.ndarray]) -> jax.Array:
         shape = (len(self.devices), *rows[0].shape[1:])

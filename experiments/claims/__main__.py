@@ -10,8 +10,8 @@ the runs so far, or of the results that are stored in experiments/claims/results
 --config.FIELD=VALUE is added to all runs; what was run with others is run again. A run that is killed with its
 command goes on by itself, and is taken up when it has ended.
 
-The scales: digits is embedded, and its 110 runs add up to 39 minutes of a Xeon's core; cpu is CIFAR-10, sized for three
-hours of two cores; gpu is CIFAR-10 at a larger size, not run yet.
+The scales: digits is embedded, and the seconds of its 110 stored runs add up to 39 minutes; cpu is CIFAR-10, sized for
+three hours of two cores; gpu is CIFAR-10 at a larger size, not run yet.
 """
 
 import argparse

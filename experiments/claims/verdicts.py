@@ -1,7 +1,7 @@
 """Statistics of the claims: means over seeds, intervals of their differences, and what those say.
 
-A run that diverged counts with the accuracy of guessing: leaving it out
-would make a setting that fails half of the time look as good as its better half.
+A run that diverged counts with the accuracy of guessing: leaving it out would make a setting that fails half of the
+time look as good as its better half.
 """
 
 import dataclasses

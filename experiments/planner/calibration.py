@@ -121,8 +121,8 @@ def load_machine(path: pathlib.Path) -> Machine:
         for values, name in ((found, 'devices'), (flags, 'micro_batch'), (flags, 'accumulation')):
             if not isinstance(values[name], int) or values[name] < 1:
                 raise ValueError(f'{name}={values[name]!r} must be a whole number above 0')
-        device = Device(dict.fromkeys((2, 4), found['flops']), found['bandwidth'], found['memory'], 1.0)
-        device = device._replace(memory=found['memory'] / found['devices'])
+        memory = found['memory'] / found['devices']
+        device = Device({4: found['flops']}, found['bandwidth'], memory, 1.0, narrowest=4)  # 16 bits are widened
         link = Link(found['devices'], found['link_bandwidth'], found['latency'])
         times = {name: BlockTime(*seconds) for name, seconds in found['blocks'].items()}
         blocks = TimedBlocks(flags['micro_batch'], times)

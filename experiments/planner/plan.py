@@ -65,7 +65,7 @@ class Plan:
         memory: Bytes of the fullest device by part.
         room: Bytes that may be used there.
         activations: Bytes the backward in progress needs, by kind of recomputation.
-        memory_bound: Share of the blocks' time in blocks that by their counts wait for memory, not for arithmetic.
+        memory_bound: Share of the compute in blocks that by their counts wait for memory, not for arithmetic.
     """
 
     system: System
@@ -225,14 +225,14 @@ class _Planner:
         """Returns the times of the blocks on so many images at the peak of the device, or of a better one."""
         device, workload = self.system.device._replace(**better), self.workload
         idle = idle_macs(workload.spec(), workload.pixels, device.group)
-        return count_times(self.costs, idle, device, micro_batch, self.storage.compute)
+        return count_times(self.costs, idle, device, micro_batch, max(self.storage.compute, device.narrowest))
 
-    @functools.cached_property
-    def memory_bound(self) -> float:
+    def memory_bound(self, blocks: Sequence[str]) -> float:
+        """Returns the share of the blocks' time in those that by their counts wait for memory, not for arithmetic."""
         counted = self.count(self.workload.micro_batch)
         arithmetic = self.count(self.workload.micro_batch, bandwidth=math.inf)
-        waiting = [time.both for name, time in self.times.items() if counted[name].both > arithmetic[name].both]
-        return sum(waiting) / sum(time.both for time in self.times.values())
+        waiting = (self.times[name].both for name in blocks if counted[name].both > arithmetic[name].both)
+        return sum(waiting) / sum(self.times[name].both for name in blocks)
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:
@@ -286,6 +286,7 @@ class _Planner:
         input_seconds = workload.global_batch * workload.image_bytes() / system.host_bandwidth
         seconds = update_parts(system, layout, table, self.storage, self.times, self.efficiency)
         seconds['input'] = max(0.0, input_seconds - sum(seconds.values()))
+        slowest = max(table, key=lambda stage: stage.work)
         return Plan(
             system=system,
             workload=workload,
@@ -297,5 +298,5 @@ class _Planner:
             memory=memory_parts(system.software, workload.image_bytes(), layout, table, self.storage),
             room=system.device.memory * system.device.usable,
             activations={kind: max(stage.activations for stage in found) for kind, found in tables.items()},
-            memory_bound=self.memory_bound,
+            memory_bound=self.memory_bound(slowest.blocks),
         )

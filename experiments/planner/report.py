@@ -104,7 +104,7 @@ def _results(plan: Plan) -> list[str]:
 def _waiting(plan: Plan) -> str:
     if plan.limited_by != 'compute':
         return ''
-    return f'; blocks that wait for memory, not for arithmetic, take {plan.memory_bound:.0%} of the time of all blocks'
+    return f', {plan.memory_bound:.0%} of it in blocks that wait for memory rather than arithmetic'
 
 
 def batch_table(plans: Sequence[Plan]) -> str:

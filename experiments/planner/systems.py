@@ -48,6 +48,7 @@ class Device(NamedTuple):
         memory: Bytes.
         usable: Share of the memory that arrays may take.
         group: Channels of a group that its arithmetic takes at once; smaller groups leave the rest of it idle.
+        narrowest: Bytes of the least number that it computes in.
     """
 
     flops: Mapping[int, float]
@@ -55,6 +56,7 @@ class Device(NamedTuple):
     memory: float
     usable: float
     group: int = 1
+    narrowest: int = 2
 
 
 class Software(NamedTuple):

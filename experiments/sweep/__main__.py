@@ -51,7 +51,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f'--{name}={value} must be at least 1')
-    args.name = args.name or f'{args.study}-{pathlib.Path(args.config).stem}'
+    recipe = pathlib.Path(args.config).name.replace('.py', '').replace(':', '-')  # with its argument
+    args.name = args.name or f'{args.study}-{recipe}'
     args.workdir = (args.workdir or pathlib.Path('runs') / args.name).expanduser().absolute()
     args.storage = args.storage or str(args.workdir / 'sweep.db')
     return args, rest
@@ -82,8 +83,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         count = sweep.enqueue_grid(studies.grid(plan, recipe)) if args.grid else args.trials
         print(f'study {args.name}: {count} trials, {args.workers} at a time, in {args.workdir}')
         print(f'  fixed: {", ".join(f"{name} {value}" for name, value in plan.changes.items())}')
-        for name, distribution in space.items():
-            print(f'  {name}: {studies.describe(plan, name, distribution, recipe, grid=args.grid)}', flush=True)
+        for name in space:
+            print(f'  {name}: {studies.describe(plan, name, recipe, grid=args.grid)}', flush=True)
         trainer.in_threads(args.workers, sweep.work)
     for file in report.write(study, args.workdir):
         print(file)

@@ -90,11 +90,10 @@ def grid(study: Study, recipe: ml_collections.ConfigDict) -> dict[str, tuple[Any
     return {field: _grid(field, dimension, recipe) for field, dimension in study.space.items()}
 
 
-def describe(
-    study: Study, field: str, distribution: BaseDistribution, recipe: ml_collections.ConfigDict, *, grid: bool
-) -> str:
+def describe(study: Study, field: str, recipe: ml_collections.ConfigDict, *, grid: bool) -> str:
     """Returns the values of a field that are tried, for people: '0.8 … 0.98' or, in a grid, '0.885, 0.95'."""
     dimension = study.space[field]
+    distribution = _distribution(field, dimension, recipe)
     unit = f' {dimension.unit}' if isinstance(dimension, Range) and dimension.unit else ''
     if grid or isinstance(distribution, CategoricalDistribution):
         values = _grid(field, dimension, recipe)

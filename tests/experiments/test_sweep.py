@@ -206,13 +206,21 @@ def test_what_is_searched_is_said():
     plan, recipe = studies.STUDIES['lars'], trainer.load_recipe(DIGITS)
 
     def said(field, *, grid):
-        return studies.describe(plan, field, studies.distributions(plan, recipe)[field], recipe, grid=grid)
+        return studies.describe(plan, field, recipe, grid=grid)
 
     assert said('optimizer.momentum', grid=False) == '0.8 … 0.98'
     assert said('optimizer.momentum', grid=True) == '0.885, 0.95'
     assert said('optimizer.weight_decay', grid=False) == '1e-07 … 0.001, by ratio'
     assert said('schedule.warmup', grid=True) == '5, 20 %'
     assert said('global_batch', grid=False) == said('global_batch', grid=True) == '64, 128, 256'
+
+
+def test_a_recipes_argument_is_in_the_name():
+    names = {
+        command.parse(['--study=lars', '--trials=1', f'--config=configs/{recipe}'])[0].name
+        for recipe in ('cifar10.py', 'cifar10.py:gpu')
+    }
+    assert names == {'lars-cifar10', 'lars-cifar10-gpu'}
 
 
 def test_a_grid_is_done_once(tmp_path):
@@ -323,9 +331,14 @@ def test_a_real_sweep(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('path', 'why'), [('configs/none.py', 'No such file or directory'), ('configs', 'Is a directory')]
+    ('path', 'why'),
+    [
+        ('configs/none.py', 'No such file or directory'),
+        ('configs', 'Is a directory'),
+        ("it's/none.py", 'No such file or directory'),
+    ],
 )
 def test_a_recipe_that_cannot_be_read_is_one_short_line(path, why):
     with pytest.raises(ConfigError) as raised:
         trainer.load_recipe(path)
-    assert str(raised.value) == f'--config={path} cannot be read: {why}'
+    assert str(raised.value) == f'--config: {path} cannot be read: {why}'
