@@ -62,7 +62,6 @@ def _enlarge(config: ml_collections.ConfigDict) -> None:
     """More pixels, all the residual connections of B0, and as long a run as pays on a GPU."""
     config.epochs = 80.0
     config.global_batch = config.micro_batch = 128
-    config.recompute = 'none'
     config.model.width = 2.0
     config.model.depth = 1.0
     config.model.stem_stride = 1
