@@ -38,6 +38,7 @@ from experiments.benchmark.setup import (
     add_model_flags,
     check_flags,
     describe,
+    machine_name,
     make_config,
     progress,
     random_batch,
@@ -186,6 +187,7 @@ def summary(
     ideal, ticks = sum(parts.values()), len(timing.forward)
     return {
         'benchmark': 'pipeline',
+        'machine': machine_name(),
         'flags': dict(args),
         'splits': splits,
         'seconds': {name: times[name] for name in UPDATES},

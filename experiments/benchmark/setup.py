@@ -4,8 +4,10 @@ Nothing here initialises JAX's devices on import: a benchmark says first how man
 """
 
 import argparse
+import importlib.metadata
 import os
 import pathlib
+import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -120,6 +122,15 @@ def random_batch(parts: 'Parts') -> dict[str, np.ndarray]:
         'label': random.integers(0, parts.model.spec.classes, layout.global_batch, np.int32),
         'mask': np.ones(layout.global_batch, np.float32),
     }
+
+
+def machine_name() -> str:
+    """Returns what tells this machine's results from another's: its processor, its cores, the version of JAX."""
+    cpuinfo = pathlib.Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    processor = models[0] if models else platform.processor() or platform.machine()
+    return f'{processor}, {os.cpu_count()} cores, jax {importlib.metadata.version("jax")}'
 
 
 def describe(args: Mapping[str, Any]) -> str:

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
         results = args.workdir / args.scale
     claims = {name: claim for name, claim in table.claims(scale).items() if name in args.claims}
     print(report.show(claims, runs.collect(rows)))
+    print(f'\n{report.legend(scale, names)}\n')
     print(f'{len(rows)} runs; {results}')
     if left:
         sys.exit(left)

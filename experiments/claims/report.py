@@ -1,9 +1,10 @@
 """The table of claims as text."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from experiments.claims.table import Claim
+from experiments.claims.table import Claim, Scale, settings
 from experiments.claims.verdicts import Finding, Rows, Sample, conclude
 
 
@@ -23,6 +24,25 @@ def show(claims: Mapping[str, Claim], rows: Rows) -> str:
         'paired). A comparison holds if the interval lies in the expected bounds, does not if it lies outside.'
     )
     return '\n'.join(lines)
+
+
+def legend(scale: Scale, names: Sequence[str]) -> str:
+    """Returns what the settings of these names are: the first the recipe, the others what differs from it."""
+    every = settings(scale)
+    lines = [f'Every setting is {scale.recipe} with {fields(scale.changes)}. Beside that']
+    for name in names:
+        setting = every[name]
+        start = f'from the weights of {setting.starts_from!r}, ' if setting.starts_from else ''
+        devices = f' on {setting.cpu_devices} virtual devices' if setting.cpu_devices else ''
+        lines.append(f'  {name}: {start}{fields(setting.changes) or "nothing"}{devices}')
+    return '\n'.join(lines)
+
+
+def fields(changes: Mapping[str, Any]) -> str:
+    """Returns 'epochs 2, model.width 0.5'."""
+    return ', '.join(
+        f'{name} {value:.4g}' if isinstance(value, float) else f'{name} {value}' for name, value in changes.items()
+    )
 
 
 def describe(finding: Finding) -> str:
@@ -61,4 +81,4 @@ def bounds_text(bounds: tuple[float, float], seconds: bool = False) -> str:
 
 def _number(value: float, seconds: bool) -> str:
     """A difference: in seconds, or in points of a percent."""
-    return f'{value if seconds else 100 * value:+.1f}'
+    return f'{value if seconds else 100 * value:+z.1f}'

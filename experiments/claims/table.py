@@ -50,7 +50,9 @@ class Comparison:
     expected: tuple[float, float] | None = None  # bounds of the difference; None if the claim says nothing of it
     of_a: str = 'test_accuracy'  # which number of a run is compared
     of_b: str = 'test_accuracy'
-    paired: bool = False  # differences are taken seed by seed
+    # Differences are taken seed by seed where both are one network that starts from the same weights and sees the same
+    # images in the same order, so that a seed is good or bad luck for both. Others get Welch's interval.
+    paired: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +217,9 @@ def claims(scale: Scale) -> dict[str, Claim]:
     def rounding(policy: str, title: str) -> Claim:
         stochastic, nearest = f'{policy} stochastic', f'{policy} nearest'
         comparisons = (
-            Comparison(stochastic, 'base', not_below),
-            Comparison(nearest, 'base', below),
-            Comparison(stochastic, nearest, above),
+            Comparison(stochastic, 'base', not_below, paired=True),
+            Comparison(nearest, 'base', below, paired=True),
+            Comparison(stochastic, nearest, above, paired=True),
         )
         return Claim(title, comparisons)
 
@@ -249,9 +251,9 @@ def claims(scale: Scale) -> dict[str, Claim]:
         'norms': Claim(
             'group norm and proxy norm are indifferent to the micro-batch, batch norm is not',
             (
-                Comparison('group norm, small micro-batch', 'base', same),
-                Comparison('batch norm, small micro-batch', 'batch norm', below),
-                Comparison('proxy norm, small micro-batch', 'proxy norm', same),
+                Comparison('group norm, small micro-batch', 'base', same, paired=True),
+                Comparison('batch norm, small micro-batch', 'batch norm', below, paired=True),
+                Comparison('proxy norm, small micro-batch', 'proxy norm', same, paired=True),
                 Comparison('proxy norm', 'base'),
                 Comparison('proxy norm', 'batch norm'),
             ),

@@ -64,7 +64,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     modes.add_argument('--sweep', choices=['systems'], help='draw throughput and hours by system')
     modes.add_argument('--calibrate', action='store_true', help='measure this machine (two minutes)')
     modes.add_argument('--validate', action='store_true', help='lay predictions beside what was found')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    # Defaults do not replace what is there already, so that what was given stands out.
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), None))))
+    mode, read = _mode(args)
+    for name, value in given.items():
+        if value is not None and name not in read:
+            parser.error(f'--{name} means nothing with {mode}')
+    return args
+
+
+def _mode(args: argparse.Namespace) -> tuple[str, set[str]]:
+    """Returns what the flags ask for, and the flags that it reads."""
+    workload = {*HELP, 'stages'}
+    if args.sweep:
+        return f'--sweep={args.sweep}', {'sweep', 'json', 'out', *workload}
+    for name in ('calibrate', 'validate'):
+        if getattr(args, name):
+            return f'--{name}', {name, 'json', 'machine'}
+    machine = {'machine'} if args.system == THIS_MACHINE else set()
+    return f'--system={args.system}', {'system', 'json', *machine, *workload}
 
 
 def run(args: argparse.Namespace) -> str:
@@ -87,7 +106,7 @@ def run(args: argparse.Namespace) -> str:
         return validation.show(rows, claims)
     workload = Workload(**{name: getattr(args, name) for name in HELP}, stages=_stages(args.stages))
     if args.sweep:
-        plans = sweeps.sweep(workload, args.machine)
+        plans = sweeps.sweep(workload)
         text = sweeps.write(plans, args.out)
         return json.dumps([plan.as_json() for plan in plans]) if args.json else f'{text}\n\ncharts in {args.out}'
     plan = plan_on(args.system, workload, args.machine)
@@ -102,7 +121,8 @@ def _stages(text: str) -> int:
 
 def _calibrated(name: str, machine_file: pathlib.Path) -> str:
     if name == THIS_MACHINE:
-        return f'one stage, {load_machine(machine_file).about}'
+        machine = load_machine(machine_file)
+        return f'one stage, {machine.name}, {machine.date}'
     point = POINTS[SYSTEMS[name].family]
     return f'{point.system}, {point.images_per_second:,.0f} images/s ({point.source})'
 

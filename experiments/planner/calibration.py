@@ -91,14 +91,19 @@ class Machine:
         workload: What was measured on one of them.
         update_seconds: Of an update of that.
         blocks: Its blocks.
-        about: Machine and date, for people.
+        date: Of the measurement.
     """
 
     system: System
     workload: Workload
     update_seconds: float
     blocks: TimedBlocks
-    about: str
+    date: str
+
+    @property
+    def name(self) -> str:
+        """Its processor, cores and JAX."""
+        return self.system.title
 
     def timed(self, workload: Workload) -> TimedBlocks | None:
         """Returns the measured blocks if they are those of a workload."""
@@ -142,7 +147,7 @@ def load_machine(path: pathlib.Path) -> Machine:
         for name, time in times.items():
             if not 0 < time.forward <= time.both < math.inf:
                 raise ValueError(f'blocks.{name}={list(time)} must be seconds forward, and more forward and back')
-        return Machine(system, workload, found['update_seconds'], blocks, f'{found["machine"]}, {found["date"]}')
+        return Machine(system, workload, found['update_seconds'], blocks, found['date'])
     except FileNotFoundError:
         raise ConfigError(
             f'{path} is missing; python -m experiments.planner --calibrate measures this machine'

@@ -29,8 +29,9 @@ def draw_bars(
     axes.bar(places, heights, color=[COLOURS[plan.system.family] for plan in plans])
     for place, plan, height in zip(places, plans, heights, strict=True):
         text = f'{height:,.0f}' if height >= 100 else f'{height:.1f}'
-        axes.annotate(text, (place, height), (0, 3), textcoords='offset points', ha='center', fontsize=7)
         found = published.get(plan.system.name, ())
+        top = max((height, *found))
+        axes.annotate(text, (place, top), (0, 3), textcoords='offset points', ha='center', fontsize=7)
         axes.plot([place] * len(found), found, 'k_', markersize=18)
     axes.set_xticks(places, [plan.system.title for plan in plans], rotation=40, ha='right', fontsize=8)
     axes.set_title(title, fontsize=10)

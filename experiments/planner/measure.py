@@ -11,7 +11,6 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 import socket
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 from efficientnet.errors import ConfigError
 from efficientnet.model.scaling import block_names, model_spec
 from experiments.benchmark.pipeline import Sample, build_single, measure
-from experiments.benchmark.setup import progress, start_jax
+from experiments.benchmark.setup import machine_name, progress, start_jax
 from experiments.benchmark.workers import Jobs, Worker
 from experiments.planner.calibration import BLOCK_FLAGS
 
@@ -108,8 +107,6 @@ def summary(seconds: Mapping[str, float], names: tuple[str, ...]) -> dict[str, A
         seconds: By job.
         names: Of the blocks.
     """
-    import jax
-
     count, last = FLAGS['accumulation'], len(names) - 1
     blocks = {}
     for number, name in enumerate(names):
@@ -119,7 +116,7 @@ def summary(seconds: Mapping[str, float], names: tuple[str, ...]) -> dict[str, A
     small, large = seconds['small'] / TIMES, seconds['large'] / TIMES
     return {
         'date': datetime.date.today().isoformat(),
-        'machine': f'{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}',
+        'machine': machine_name(),
         'flags': {name: FLAGS[name] for name in (*BLOCK_FLAGS, 'accumulation', 'recompute')},
         'devices': os.cpu_count(),
         'memory': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),

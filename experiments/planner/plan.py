@@ -64,7 +64,7 @@ class Plan:
         input_seconds: What sending an update's images takes, beside the device's work.
         memory: Bytes of the fullest device by part.
         room: Bytes that may be used there.
-        activations: Bytes the backward in progress needs, by kind of recomputation.
+        activations: Bytes that the backward in progress needs in the stage that needs most, by kind of recomputation.
         memory_bound: Share of the compute in blocks that by their counts wait for memory, not for arithmetic.
     """
 
@@ -112,11 +112,17 @@ class Plan:
         return self.images_per_second * self.workload.image_bytes(images)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data."""
+        """Returns the plan as plain data; its workload has what was left open filled in."""
         layout = self.layout
         return {
             'system': self.system.name,
-            'workload': dataclasses.asdict(self.workload) | {'image_size': self.workload.pixels},
+            'workload': dataclasses.asdict(self.workload)
+            | {
+                'image_size': self.workload.pixels,
+                'stages': layout.stages,
+                'splits': ','.join(layout.splits),
+                'replicas': layout.replicas,
+            },
             'images_per_second': self.images_per_second,
             'update_seconds': self.update_seconds,
             'hours': self.hours,
@@ -126,6 +132,7 @@ class Plan:
             'replicas': layout.replicas,
             'accumulation': layout.accumulation,
             'devices': layout.devices,
+            'per_stage': [dataclasses.asdict(stage) for stage in self.stages],
             'fits': self.fits,
             'memory_bytes': sum(self.memory.values()),
             'memory_room_bytes': self.room,

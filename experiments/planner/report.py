@@ -20,7 +20,7 @@ def show(plan: Plan, calibrated: str) -> str:
     lines = [
         f'{workload.model}, group size {workload.group_size}, {workload.pixels} pixels, {workload.policy}, '
         f'{workload.optimizer}, recompute {workload.recompute}',
-        f'{system.title}: {system.devices} devices, {system.hosts} hosts; {system.software.name}',
+        f'{system.title}: {_count(system.devices, "device")}, {_count(system.hosts, "host")}; {system.software.name}',
         f'efficiency {plan.efficiency:.1%}, calibrated on {calibrated}',
         '',
         batch_line(plan),
@@ -55,9 +55,10 @@ def measured(found: Mapping[str, Any]) -> str:
 def batch_line(plan: Plan) -> str:
     """Returns the global batch as its factors."""
     layout = plan.layout
+    stages = f'{layout.stages} stages, {layout.schedule} schedule' if layout.stages > 1 else 'one stage'
     return (
         f'global batch {layout.global_batch:,} = micro-batch {layout.micro_batch} × {layout.replicas} replicas × '
-        f'accumulation {layout.accumulation}; {layout.stages} stages, {layout.schedule} schedule'
+        f'accumulation {layout.accumulation}; {stages}'
     )
 
 
@@ -75,7 +76,7 @@ def _memory(plan: Plan) -> str:
     rows += [(f'  {part}', f'{size / MIB:,.1f}') for part, size in plan.memory.items()]
     rows.append((f'of {plan.room / MIB:,.0f} {"fits" if plan.fits else "DOES NOT FIT"}', f'{used / MIB:,.1f}'))
     rows += [
-        (f'largest of any stage, recompute {kind}, without the stash', f'{plan.activations[kind] / MIB:,.1f}')
+        (f'activations of the stage with most, recompute {kind}', f'{plan.activations[kind] / MIB:,.1f}')
         for kind in PASSES
     ]
     return table(rows)
@@ -127,6 +128,10 @@ def batch_table(plans: Sequence[Plan]) -> str:
         bubble, speed = plan.seconds['bubble'] / plan.update_seconds, round(plan.images_per_second, -2)
         rows.append((plan.system.title, *map(str, sizes), f'{bubble:.1%}', f'{speed:,.0f}', f'{plan.hours:.2f}'))
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def _count(number: int, thing: str) -> str:
+    return f'{number:,} {thing}{"" if number == 1 else "s"}'
 
 
 def _time(seconds: float) -> str:

@@ -5,11 +5,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from efficientnet.errors import ConfigError
-from experiments.planner.calibration import MACHINE_FILE, REFERENCE, plan_on
+from experiments.planner.calibration import REFERENCE, plan_on
 from experiments.planner.plan import Plan
 from experiments.planner.report import batch_table
 from experiments.planner.systems import SYSTEMS
-from experiments.planner.validation import PUBLISHED
+from experiments.planner.validation import PUBLISHED, PUBLISHED_HOURS
 from experiments.planner.workload import Workload
 
 CHARTED = (
@@ -29,16 +29,19 @@ CHARTED = (
     'tpu_v4_512',
 )
 CHARTS = {'images_per_second': 'images/s', 'hours': 'hours to train all epochs'}
+DASHES = {
+    'images_per_second': 'dashes: published, of Mk2 unconfirmed',
+    'hours': 'dashes: from published images/s, of Mk2 unconfirmed; 1.8 was published as such',
+}
 
 
-def sweep(workload: Workload, machine_file: pathlib.Path = MACHINE_FILE) -> list[Plan]:
+def sweep(workload: Workload) -> list[Plan]:
     """Returns the plans of a workload on `CHARTED`.
 
     IPUs take the micro-batch given, as the reference does; on other systems it is the fastest that fits.
 
     Args:
         workload: What; the charts say nothing of memory, so that on every system it has to fit.
-        machine_file: What `--calibrate` wrote.
 
     Raises:
         ConfigError: A size does not divide, or the workload does not fit.
@@ -46,7 +49,7 @@ def sweep(workload: Workload, machine_file: pathlib.Path = MACHINE_FILE) -> list
     plans = []
     for name in CHARTED:
         chosen = workload if SYSTEMS[name].family == 'ipu' else _left_open(workload)
-        plan = plan_on(name, chosen, machine_file)
+        plan = plan_on(name, chosen)
         if not plan.fits:
             raise ConfigError(f'{workload.model} does not fit {name}; try --micro_batch or --recompute=block')
         plans.append(plan)
@@ -58,20 +61,32 @@ def _left_open(workload: Workload) -> Workload:
 
 
 def published_numbers(plans: Sequence[Plan], value: str) -> Mapping[str, list[float]]:
-    """Returns what was published of the plans' systems, by name: 'images_per_second', or the 'hours' these make.
+    """Returns what was published of the plans' systems, by name.
 
-    None for other networks than the reference's, of which alone something was published.
+    Of other networks than the reference's nothing was; nor hours of other runs than its 350 epochs.
+
+    Args:
+        plans: A system each.
+        value: 'images_per_second', or 'hours': those published as hours, and those that published speeds make.
     """
     found: dict[str, list[float]] = {}
-    hours = {
-        plan.system.name: plan.hours * plan.images_per_second
-        for plan in plans
-        if all(getattr(plan.workload, name) == getattr(REFERENCE, name) for name in ('model', 'group_size', 'pixels'))
-    }
-    for name, speed, _ in PUBLISHED:
-        if name in hours:
-            found.setdefault(name, []).append(hours[name] / speed if value == 'hours' else speed)
+    for plan in plans:
+        name = plan.system.name
+        if not _same(plan.workload, 'model', 'group_size', 'pixels'):
+            continue
+        numbers = [speed for system, speed, _ in PUBLISHED if system == name]
+        if value == 'hours':
+            numbers = [plan.hours * plan.images_per_second / speed for speed in numbers]
+            if _same(plan.workload, 'epochs', 'examples'):
+                numbers += [hours for system, hours, _ in PUBLISHED_HOURS if system == name]
+        if numbers:
+            found[name] = numbers
     return found
+
+
+def _same(workload: Workload, *fields: str) -> bool:
+    """Whether a workload has these in common with the reference's."""
+    return all(getattr(workload, field) == getattr(REFERENCE, field) for field in fields)
 
 
 def write(plans: Sequence[Plan], folder: pathlib.Path) -> str:
@@ -90,7 +105,7 @@ def write(plans: Sequence[Plan], folder: pathlib.Path) -> str:
         for value, what in CHARTS.items():
             figure = Figure(figsize=(8, 4), layout='constrained')
             published = published_numbers(plans, value)
-            title = f'{what}; dashes: published, of Mk2 unconfirmed' if published else what
+            title = f'{what}; {DASHES[value]}' if published else what
             draw_bars(figure.subplots(), plans, value, title, published)
             figure.savefig(folder / f'{value}.png', dpi=100)
         (folder / 'batch_sizes.md').write_text(text + '\n')

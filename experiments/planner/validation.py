@@ -38,6 +38,7 @@ GRAPHCORE = 'graphcore.cn/performance-results'
 UNCONFIRMED = "Graphcore's SDK 2.4 table, unconfirmed"
 UNMEASURED = 'none of this machine, for which --calibrate and results/pipeline_*.json are needed'
 NVIDIA = 'NVIDIA/DeepLearningExamples, efficientnet_v1'
+MLPERF_POST = "Graphcore's MLPerf v1.1 post, December 2021, second-hand"
 
 
 class Row(NamedTuple):
@@ -95,6 +96,7 @@ PUBLISHED = (
     ('ipu_pod128', 48_015, UNCONFIRMED),
     ('ipu_pod256', 87_968, UNCONFIRMED),
 )
+PUBLISHED_HOURS = (('ipu_pod256', 1.8, MLPERF_POST),)
 NVIDIA_PUBLISHED = ((1, 470), (32, 12_908), (64, 25_455))  # GPUs, images/s
 # README, `python -m experiments.benchmark memory`: stages, recomputation, MiB of temporaries that XLA plans a device.
 # One stage without recomputation (2,077) is what `TRAINER.temporaries` is from.
@@ -115,8 +117,9 @@ def published_rows() -> list[Row]:
     for name, found, source in PUBLISHED:
         speed = plan_on(name, REFERENCE).images_per_second
         rows.append(Row(f'{SYSTEMS[name].title}, B4 G16', speed, found, 'images/s', 0.1, source))
-    post = "Graphcore's MLPerf v1.1 post, December 2021, second-hand"
-    rows.append(Row('IPU-POD256, 350 epochs', plan_on('ipu_pod256', REFERENCE).hours, 1.8, 'hours', 0.1, post))
+    for name, found, source in PUBLISHED_HOURS:
+        hours = plan_on(name, REFERENCE).hours
+        rows.append(Row(f'{SYSTEMS[name].title}, 350 epochs', hours, found, 'hours', 0.1, source))
     for gpus, found in NVIDIA_PUBLISHED:
         name, workload = f'dgx_a100_{gpus}', dataclasses.replace(NVIDIA_B4, global_batch=160 * gpus)
         speed = plan_on(name, workload).images_per_second
@@ -173,7 +176,7 @@ def machine_rows(machine_file: pathlib.Path = MACHINE_FILE, results: pathlib.Pat
         A row for each, none if the machine was not measured.
 
     Raises:
-        ConfigError: The file is damaged.
+        ConfigError: A file is damaged, or of another machine than the calibration.
     """
     if not machine_file.exists():
         return []
@@ -181,6 +184,10 @@ def machine_rows(machine_file: pathlib.Path = MACHINE_FILE, results: pathlib.Pat
     for how in ('timed', 'counted'):
         for path in sorted(results.glob('pipeline_*.json')):
             found = _pipeline_result(path)
+            if found['machine'] != machine.name:
+                raise ConfigError(
+                    f'{path} is of {found["machine"]}, {machine_file} of {machine.name}; measure both on one machine'
+                )
             flags = found['flags']
             size = f'micro-batch {flags["micro_batch"]} × {flags["accumulation"]}'
             for stages, job in ((1, 'one_stage'), (flags['stages'], 'pipeline')):
@@ -206,6 +213,8 @@ def _pipeline_result(path: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
         flags = found['flags']
+        if not isinstance(found['machine'], str):
+            raise ValueError(f'machine={found["machine"]!r} must be its name')
         if flags['stages'] != found['splits'].count(',') + 2:
             raise ValueError(f'splits={found["splits"]!r} must make stages={flags["stages"]}')
         if flags['width'] or flags['depth']:

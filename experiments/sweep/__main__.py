@@ -16,6 +16,7 @@ import collections
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 
 import optuna
 
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         trainer.in_threads(args.workers, sweep.work)
     for file in report.write(study, args.workdir):
         print(file)
-    print(summary(study, plan))
+    print(summary(study, plan, overrides))
     if interrupt.requested():
         sys.exit(128 + interrupt.number)
     states = {trial.state for trial in study.get_trials(deepcopy=False)}
@@ -96,8 +97,14 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         sys.exit(1)
 
 
-def summary(study: optuna.Study, plan: studies.Study) -> str:
-    """Returns how many trials ended how, and the best with what to add to the recipe's command."""
+def summary(study: optuna.Study, plan: studies.Study, overrides: Sequence[str] = ()) -> str:
+    """Returns how many trials ended how, and the best with what to add to the recipe's command.
+
+    Args:
+        study: With its trials.
+        plan: Whose trials they are.
+        overrides: Fields of the recipe that were set on the command line; later ones win, so they come first.
+    """
     trials = study.get_trials(deepcopy=False)
     ended = zip(trials, report.states(trials), strict=True)
     counts = collections.Counter(state for trial, state in ended if search.FOLDER in trial.user_attrs)
@@ -106,7 +113,8 @@ def summary(study: optuna.Study, plan: studies.Study) -> str:
     if done:
         best = max(done, key=lambda trial: trial.value)
         lines.append(f'best: {best.value:.2%} by trial {best.number}')
-        lines += [f'  {shlex.quote(trainer.override(*item))}' for item in studies.changes(plan, best.params).items()]
+        changes = [trainer.override(*item) for item in studies.changes(plan, best.params).items()]
+        lines += [f'  {shlex.quote(argument)}' for argument in (*overrides, *changes)]
     return '\n'.join(lines)
 
 

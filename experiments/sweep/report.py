@@ -6,16 +6,18 @@ import warnings
 
 import matplotlib
 import optuna
+from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as pictures
 
 from experiments.sweep.search import ERROR, FOLDER, KEPT
 
 matplotlib.use('agg')  # files, no windows
+OBJECTIVE = 'test accuracy'
 PICTURES = {
-    'best_so_far': pictures.plot_optimization_history,
-    'parallel_coordinates': pictures.plot_parallel_coordinate,
-    'importance': pictures.plot_param_importances,
+    'best_so_far': (pictures.plot_optimization_history, 'the best so far'),
+    'parallel_coordinates': (pictures.plot_parallel_coordinate, 'a line a trial'),
+    'importance': (pictures.plot_param_importances, 'how much each field matters'),
 }
 
 
@@ -74,9 +76,22 @@ def _time(when: object) -> str | None:
 def _draw(study: optuna.Study, name: str, folder: pathlib.Path) -> pathlib.Path:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)  # Optuna's own name for these plots
-        axes = PICTURES[name](study)
+        plot, title = PICTURES[name]
+        axes = plot(study, target_name=OBJECTIVE)
     figure = axes.figure
     figure.set_size_inches(10, 5)
+    for place, text in {'center': '', 'left': f'{study.study_name}: {title}'}.items():
+        axes.set_title(text, loc=place)
+    if name == 'best_so_far':
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no half a trial
+    if name == 'parallel_coordinates':
+        # Optuna cuts long names off at their end, where they differ; its order is that of the names.
+        fields = sorted({field for trial in study.get_trials(deepcopy=False) for field in trial.params})
+        labels = [OBJECTIVE, *(field.rpartition('.')[2] for field in fields)]
+        axes.set_xticks(range(len(labels)), labels, rotation=20, ha='right')
+    if name == 'importance':
+        axes.set(xlabel='share of what sets good trials apart (PED-ANOVA)', ylabel='')
+        axes.get_legend().remove()
     path = folder / f'{name}.png'
     figure.savefig(path, dpi=120, bbox_inches='tight')
     matplotlib.pyplot.close(figure)

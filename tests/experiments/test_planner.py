@@ -241,13 +241,35 @@ def test_json(capsys):
     assert found['update_seconds'] == pytest.approx(sum(found['seconds'].values()))
     assert found['memory_bytes'] == pytest.approx(sum(found['memory'].values()))
     assert found['fits'] is True
+    assert (found['workload']['stages'], found['workload']['replicas']) == (2, 128)  # which were left open
+    assert found['workload']['splits'] == 'block4a'
+    assert [stage['blocks'][0] for stage in found['per_stage']] == ['stem', 'block4a']
+    assert sum(stage['parameters'] for stage in found['per_stage']) == 19_328_168
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['--sweep=systems', '--system=ipu_pod16'], '--system means nothing with --sweep=systems'),
+        (['--sweep=systems', '--machine=m.json'], '--machine means nothing with --sweep=systems'),
+        (['--validate', '--model=b0'], '--model means nothing with --validate'),
+        (['--calibrate', '--stages=2'], '--stages means nothing with --calibrate'),
+        (['--out=charts'], '--out means nothing with --system=ipu_pod256'),
+        (['--system=bow_pod16', '--machine=m.json'], '--machine means nothing with --system=bow_pod16'),
+    ],
+)
+def test_flags_that_nothing_reads_are_errors(argv, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(argv)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_text(capsys):
     text = planned('--system=bow_pod64', capsys=capsys)
     assert 'global batch 6,144 = micro-batch 3 × 32 replicas × accumulation 64; 2 stages' in text
     assert 'limited by compute' in text
-    for part in ('weights', 'stash', 'recompute block, without the stash', 'reduction', 'GB/s as fp32'):
+    for part in ('weights', 'stash', 'stage with most, recompute block', 'reduction', 'GB/s as fp32'):
         assert part in text
 
 
@@ -329,6 +351,17 @@ def test_what_was_published_is_drawn_beside_its_own_network_alone():
     plans = [plan_on('bow_pod64', dataclasses.replace(REFERENCE, model=model)) for model in ('b4', 'b0')]
     assert sweep.published_numbers(plans[:1], 'images_per_second') == {'bow_pod64': [34_943, 34_140]}
     assert sweep.published_numbers(plans[1:], 'images_per_second') == {}
+
+
+def test_hours_are_published_ones_and_those_of_published_speeds():
+    whole = plan_on('ipu_pod256', REFERENCE)
+    updates = int(1_281_167 * 350 / 6144)
+    assert sweep.published_numbers([whole], 'hours') == {
+        'ipu_pod256': [pytest.approx(updates * 6144 / 87_968 / 3600), 1.8]
+    }
+    half = plan_on('ipu_pod256', dataclasses.replace(REFERENCE, epochs=175.0))
+    (found,) = sweep.published_numbers([half], 'hours').values()
+    assert found == [pytest.approx(updates * 6144 / 87_968 / 3600 / 2, rel=1e-4)]
 
 
 def test_two_stages_fit_wherever_some_cut_does():

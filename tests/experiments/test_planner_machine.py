@@ -23,6 +23,13 @@ def measured(count=8):
     return measure.summary(seconds, tuple(names)), len(names)
 
 
+def pipelined(found):
+    """What `benchmark pipeline --json` would have found on the machine of a calibration."""
+    flags = found['flags'] | {'stages': 2, 'schedule': 'grouped', 'width': 0.0, 'depth': 0.0}
+    times = {'one_stage': 0.5, 'pipeline': 9.0}
+    return {'flags': flags, 'machine': found['machine'], 'splits': 'block4a', 'seconds': times}
+
+
 def test_this_machine(tmp_path):
     found, blocks = measured()
     path = tmp_path / 'machine.json'
@@ -107,6 +114,7 @@ def test_what_no_machine_can_be_is_one_line(field, value, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('field', 'value'),
     [
+        ('machine', None),
         ('flags', None),
         ('flags.width', 0.5),
         ('flags.stages', 3),
@@ -120,8 +128,7 @@ def test_what_no_machine_can_be_is_one_line(field, value, tmp_path, capsys):
 def test_what_no_pipeline_result_can_be_is_one_line(field, value, tmp_path):
     found, _ = measured()
     (tmp_path / 'machine.json').write_text(json.dumps(found))
-    flags = found['flags'] | {'stages': 2, 'schedule': 'grouped', 'width': 0.0, 'depth': 0.0}
-    result = {'flags': flags, 'splits': 'block4a', 'seconds': {'one_stage': 0.5, 'pipeline': 9.0}}
+    result = pipelined(found)
     *where, name = field.split('.')
     (result[where[0]] if where else result)[name] = value
     path = tmp_path / 'pipeline_4x8.json'
@@ -131,16 +138,24 @@ def test_what_no_pipeline_result_can_be_is_one_line(field, value, tmp_path):
     assert str(path) in str(error.value)
 
 
+def test_results_of_two_machines_are_not_laid_side_by_side(tmp_path):
+    found, _ = measured()
+    (tmp_path / 'machine.json').write_text(json.dumps(found))
+    (tmp_path / 'pipeline_4x8.json').write_text(json.dumps(pipelined(found) | {'machine': 'an abacus'}))
+    with pytest.raises(ConfigError, match=r'pipeline_4x8.json is of an abacus, .*machine.json of .*, jax '):
+        validation.machine_rows(tmp_path / 'machine.json', tmp_path)
+
+
 def test_predictions_on_this_machine(tmp_path):
     found, _ = measured()
     (tmp_path / 'machine.json').write_text(json.dumps(found))
-    flags = found['flags'] | {'stages': 2, 'schedule': 'grouped', 'width': 0.0, 'depth': 0.0}
-    result = {'flags': flags, 'splits': 'block4a', 'seconds': {'one_stage': 0.5, 'pipeline': 9.0}}
+    result = pipelined(found)
     (tmp_path / 'pipeline_4x8.json').write_text(json.dumps(result))
     rows = validation.machine_rows(tmp_path / 'machine.json', tmp_path)
     assert [row.found for row in rows] == [9000, 9000]  # one stage is what the calibration is of
     assert not rows[0].hit
-    (tmp_path / 'pipeline_larger.json').write_text(json.dumps(result | {'flags': flags | {'image_size': 128}}))
+    result['flags']['image_size'] = 128
+    (tmp_path / 'pipeline_larger.json').write_text(json.dumps(result))
     more = validation.machine_rows(tmp_path / 'machine.json', tmp_path)
     assert [row.what.endswith('counted') for row in more] == [False] + [True] * 3  # nobody timed larger blocks
     assert more[2].predicted == pytest.approx(500 * (128 / 96) ** 2, rel=0.15)

@@ -271,12 +271,12 @@ def test_pictures_and_best(tmp_path):
     assert [path.name for path in files] == ['trials.csv', *[f'{name}.png' for name in report.PICTURES]]
     assert all(path.read_bytes()[:4] == b'\x89PNG' for path in files[1:])
     best = max(float(row['test_accuracy']) for row in rows(sweep, tmp_path))
-    said = command.summary(sweep.study, sweep.plan)
+    said = command.summary(sweep.study, sweep.plan, ['--config.epochs=3.0', '--config.optimizer.momentum=0.5'])
     assert f'best: {best:.2%}' in said
     assert '3 complete' in said
     overrides = [word for line in said.splitlines() for word in shlex.split(line) if word.startswith('--config.')]
     config = flatten(trainer.load_recipe(DIGITS, overrides))  # a line can be pasted: units and all digits are there
-    given = studies.changes(sweep.plan, sweep.study.best_params)
+    given = studies.changes(sweep.plan, sweep.study.best_params) | {'epochs': 3.0}  # the trial's own values win
     assert {field: config[field] for field in given} == given
 
 
