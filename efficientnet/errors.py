@@ -2,6 +2,7 @@
 
 import re
 import sys
+import traceback
 from typing import NoReturn
 
 
@@ -33,8 +34,35 @@ def plainly(error: Exception) -> str:
     unread = re.search(r"""failure to load: .*\[Errno \d+\] (.*): ['"](.*)['"]""", str(error), re.DOTALL)
     if unread:  # the recipe, or a file that it opens
         return f'--config: {unread[2]} cannot be read: {unread[1]}'
+    line = _line_of_recipe(error)
     missing = error.args[0] if isinstance(error, AttributeError) and error.args else error
-    if isinstance(missing, KeyError):  # whose text is quoted, with its line breaks
-        return f'--config has no field {missing.args[0]}'
-    where, traceback, _ = str(error).partition('Error whilst parsing config file:')
-    return where + str(error).strip().splitlines()[-1].removeprefix('ValueError: ') if traceback else where
+    if isinstance(missing, KeyError) and (missing is not error or not line):
+        said = str(missing.args[0])  # which names the field first, may then list all others, and may end with a guess
+        name, guess = re.search(r'["\'](.*?)["\']', said), re.search(r'Did you mean "(.*?)"', said)
+        told = repr(name[1] if name else said) + (f'; did you mean {guess[1]!r}?' if guess else '')
+        return f'{line}: ' * bool(line) + f'--config has no field {told}'
+    where, quoted, _ = str(error).partition('Error whilst parsing config file:')
+    if quoted:
+        said = str(error).strip().splitlines()[-1]
+        if 'get_config() takes 0 positional arguments' in said:
+            return f'{where.strip()} this recipe takes nothing behind a colon'
+        if said.startswith('ValueError: '):  # raised for people, as in configs/arguments.py
+            return where + said.removeprefix('ValueError: ')
+        return f'{line or where.strip(": ")}: {said}'
+    if line:
+        return f'{line}: {type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}'
+    return where
+
+
+def _line_of_recipe(error: BaseException | None) -> str:
+    """Returns where in a recipe, or in what it calls, an error arose: 'PATH, line N', or '' if not there."""
+    if isinstance(error, SyntaxError):
+        return f'{error.filename}, line {error.lineno}'
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        loaders = [place for place, frame in enumerate(frames) if frame.filename.endswith('config_flags.py')]
+        for frame in reversed(frames[loaders[-1] + 1 :] if loaders else []):
+            if '-packages' not in frame.filename and not frame.filename.startswith('<'):
+                return f'{frame.filename}, line {frame.lineno}'
+        error = error.__context__
+    return ''

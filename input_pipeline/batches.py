@@ -4,7 +4,7 @@ Everything that can be wrong with a request is said before work starts, in the w
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -93,24 +93,28 @@ def train_batches(
         'two numbers above 0 and at most 1, the lesser first',
     )
     _require(prefetch >= 0, 'prefetch', prefetch, 'at least 0 batches')
-    from input_pipeline import images, pipeline  # here, not at the top: TensorFlow takes seconds to import
 
-    plan = pipeline.Plan(
-        examples=lambda rows: order.stream_rows(
-            seed, order.process_positions(rows, global_batch, process_index, process_count), source.num_examples
-        ),
-        batches=range(start_batch, num_batches),
-        local_batch=global_batch // process_count,
-        image_size=image_size,
-        resize=resize,
-        ratio=crop_ratio,
-        crop=crop,
-        rule=images.CropRule(float(crop_covered), tuple(map(float, crop_aspect)), tuple(map(float, crop_area))),
-        pad=pad,
-        flip=flip,
-        prefetch=prefetch,
-    )
-    return _checked(source, pipeline.host_batches(source, plan), damaged_limit, damaged)
+    def start() -> Iterator[Batch]:
+        from input_pipeline import images, pipeline  # here, not at the top: TensorFlow takes seconds to import
+
+        plan = pipeline.Plan(
+            examples=lambda rows: order.stream_rows(
+                seed, order.process_positions(rows, global_batch, process_index, process_count), source.num_examples
+            ),
+            batches=range(start_batch, num_batches),
+            local_batch=global_batch // process_count,
+            image_size=image_size,
+            resize=resize,
+            ratio=crop_ratio,
+            crop=crop,
+            rule=images.CropRule(float(crop_covered), tuple(map(float, crop_aspect)), tuple(map(float, crop_area))),
+            pad=pad,
+            flip=flip,
+            prefetch=prefetch,
+        )
+        return pipeline.host_batches(source, plan)
+
+    return _checked(source, start, damaged_limit, damaged)
 
 
 def evaluation_batches(
@@ -148,20 +152,24 @@ def evaluation_batches(
         DataError: at once if the request makes no sense; while iterating, for damage or a wrong label.
     """
     _check(source, image_size, batch, process_index, process_count, resize, crop_ratio, damaged_limit)
-    from input_pipeline import pipeline  # as above
 
-    plan = pipeline.Plan(
-        examples=lambda rows: order.sequential_rows(
-            order.process_positions(rows, batch, process_index, process_count), source.num_examples
-        ),
-        batches=range(-(-source.num_examples // batch)),
-        local_batch=batch // process_count,
-        image_size=image_size,
-        resize=resize,
-        ratio=crop_ratio,
-        label_set=len(source.classes) if source.label_sets else 0,
-    )
-    return _checked(source, pipeline.host_batches(source, plan), damaged_limit, damaged)
+    def start() -> Iterator[Batch]:
+        from input_pipeline import pipeline  # as above
+
+        plan = pipeline.Plan(
+            examples=lambda rows: order.sequential_rows(
+                order.process_positions(rows, batch, process_index, process_count), source.num_examples
+            ),
+            batches=range(-(-source.num_examples // batch)),
+            local_batch=batch // process_count,
+            image_size=image_size,
+            resize=resize,
+            ratio=crop_ratio,
+            label_set=len(source.classes) if source.label_sets else 0,
+        )
+        return pipeline.host_batches(source, plan)
+
+    return _checked(source, start, damaged_limit, damaged)
 
 
 def _require(condition: bool, field: str, value: object, right: str) -> None:
@@ -198,11 +206,11 @@ def _check(
 
 
 def _checked(
-    source: Source, batches: Iterator[Batch], damaged_limit: int, damaged: dict[int, str] | None
+    source: Source, start: Callable[[], Iterator[Batch]], damaged_limit: int, damaged: dict[int, str] | None
 ) -> Iterator[Batch]:
     """Drops 'index' once damage has been counted and the labels compared with the classes."""
     damaged = {} if damaged is None else damaged
-    for batch in batches:
+    for batch in start():
         indices, mask, labels = batch['index'], batch['mask'], batch['label']
         for index in indices[(mask == 0) & (indices >= 0)].tolist():
             if index not in damaged:

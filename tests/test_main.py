@@ -27,11 +27,11 @@ def run(*arguments):
         ),
         (
             ['--workdir=x', '--config=configs/digits.py', '--config.optimizer.momentun=1'],
-            ['no field', 'Did you mean "momentum"'],
+            ["no field 'momentun'; did you mean 'momentum'?"],
         ),
         (
             ['--workdir=x', '--config=configs/digits.py', '--config.stepz=1'],
-            ['no field \'stepz\' Did you mean "steps"'],
+            ["no field 'stepz'; did you mean 'steps'?"],
         ),
         (['--workdir=x', '--config=configs/digits.py', '--config.seed=many'], ['seed', 'many']),
         (['--workdir=x', '--config=configs/digits.py', '--mode=dance'], ['mode', 'dance']),

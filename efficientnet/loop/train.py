@@ -94,6 +94,8 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
 def _assemble(config: ml_collections.ConfigDict) -> Parts:
     """Assembles a run in every process, from the same data."""
     parts = processes.together(lambda: assemble(config))
+    from input_pipeline import pipeline  # noqa: F401  # TensorFlow, whose seconds would be counted as training
+
     train_source, test_source = parts.train_source, parts.test_source
     processes.require_same(
         {

@@ -342,3 +342,27 @@ def test_a_recipe_that_cannot_be_read_is_one_short_line(path, why):
     with pytest.raises(ConfigError) as raised:
         trainer.load_recipe(path)
     assert str(raised.value) == f'--config: {path} cannot be read: {why}'
+
+
+@pytest.mark.parametrize(
+    ('line', 'said'),
+    [
+        ("{}['missing']", "{path}, line 4: KeyError: 'missing'"),
+        ('config.optimizer.momentun = 1', "{path}, line 4: --config has no field 'momentun'; did you mean 'momentum'?"),
+        ('len(5)', "{path}, line 4: TypeError: object of type 'int' has no len()"),
+        ('import nothing_of_the_kind', "{path}, line 4: ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
+        ('def', '{path}, line 4: SyntaxError: invalid syntax'),
+        ("raise ValueError('pick another')", 'flag --config={path}: pick another'),
+    ],
+)
+def test_what_goes_wrong_inside_a_recipe_is_told_with_its_line(line, said, tmp_path):
+    path = tmp_path / 'recipe.py'
+    path.write_text(f'from configs import base\ndef get_config():\n    config = base.get_config()\n    {line}\n')
+    with pytest.raises(ConfigError) as raised:
+        trainer.load_recipe(str(path), ['--config.seed=1'])
+    assert str(raised.value) == said.format(path=path)
+
+
+def test_a_recipe_without_arguments_says_so():
+    with pytest.raises(ConfigError, match=r'digits\.py:gpu: this recipe takes nothing behind a colon'):
+        trainer.load_recipe(f'{DIGITS}:gpu')
