@@ -36,7 +36,7 @@ def plainly(error: Exception) -> str:
         return f'--config: {unread[2]} cannot be read: {unread[1]}'
     line = _line_of_recipe(error)
     missing = error.args[0] if isinstance(error, AttributeError) and error.args else error
-    if isinstance(missing, KeyError) and (missing is not error or not line):
+    if isinstance(missing, KeyError) and missing.args and (missing is not error or not line):
         said = str(missing.args[0])  # which names the field first, may then list all others, and may end with a guess
         name, guess = re.search(r'["\'](.*?)["\']', said), re.search(r'Did you mean "(.*?)"', said)
         told = repr(name[1] if name else said) + (f'; did you mean {guess[1]!r}?' if guess else '')

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import fcntl
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from efficientnet.errors import ConfigError, plainly
+from efficientnet.loop.settings import check_known
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAM = (sys.executable, str(ROOT / 'main.py'))
@@ -59,6 +61,9 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
         raise ConfigError(said if path in said else f'{path}: {said}') from error
     if rest[1:]:
         raise ConfigError(f'unexpected argument {rest[1]!r}; flags start with --')
+    if not isinstance(found.config, ml_collections.ConfigDict):
+        raise ConfigError(f'{path} must return a ConfigDict, not {found.config!r}')
+    check_known(found.config)
     return found.config
 
 
@@ -74,14 +79,48 @@ def make_folder(flag: str, folder: pathlib.Path) -> None:
         raise ConfigError(f'--{flag}: folder {folder} cannot be made: {error.strerror}') from None
 
 
+def check_file(flag: str, path: pathlib.Path) -> None:
+    """Makes sure, before there is anything to write, that a file can be written.
+
+    Raises:
+        ConfigError: It cannot be; the flag it was given by is named.
+    """
+    if path.is_dir():
+        raise ConfigError(f'--{flag}={path} is a folder; it must be a file')
+    make_folder(flag, path.parent)
+    draft = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        raise ConfigError(f'--{flag}={path} cannot be written: {error.strerror}') from None
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """Returns what is left of a command line, if all of it sets fields of the recipe.
+
+    Raises:
+        ConfigError: An argument is something else.
+    """
+    for argument in arguments:
+        if not argument.startswith('--config.'):
+            raise ConfigError(f'unrecognized argument {argument!r}; a field is set by --config.FIELD=VALUE')
+    return list(arguments)
+
+
+def overridden(arguments: Sequence[str]) -> list[str]:
+    """Returns the fields that overrides set: 'optimizer.nesterov' for --config.optimizer.nesterov[=VALUE]."""
+    return [argument.partition('=')[0].removeprefix('--config.') for argument in arguments]
+
+
 def override(field: str, value: Any) -> str:
     """Returns '--config.optimizer.momentum=0.9'."""
     return f'--config.{field}={value}'
 
 
-def arguments(recipe: str, changes: Mapping[str, Any], workdir: pathlib.Path, *more: str) -> list[str]:
-    """Returns what follows main.py on the command line of a run."""
-    return [f'--config={recipe}', *(override(*change) for change in changes.items()), f'--workdir={workdir}', *more]
+def arguments(recipe: str, given: Sequence[str], changes: Mapping[str, Any], workdir: pathlib.Path) -> list[str]:
+    """Returns what follows main.py on the command line of a run: changes win over the overrides that were given."""
+    return [f'--config={recipe}', *given, *(override(*change) for change in changes.items()), f'--workdir={workdir}']
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from efficientnet.numerics.precision import Policy
 from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.numerics.schedules import warmup_schedule
 from efficientnet.parallel.grid import Grid
-from efficientnet.parallel.layout import AXIS, Layout, make_layout
+from efficientnet.parallel.layout import AXIS, Layout, TooManyReplicasError, make_layout
 from efficientnet.parallel.packing import Packings, make_packing
 from efficientnet.parallel.stages import balance, check_splits, parse_splits, stage_blocks, storage_of
 from efficientnet.parallel.train_state import TrainState, UpdateRule, init_state
@@ -259,16 +259,21 @@ def _make_layout(fields: Fields, model: EfficientNet, policy: Policy) -> Layout:
         raise ConfigError(
             f'stages={stages} and splits={",".join(splits)!r} disagree: those make {len(splits) + 1} stages; give one'
         )
-    return make_layout(
-        global_batch=fields.global_batch,
-        micro_batch=fields.micro_batch,
-        replicas=fields.replicas,
-        splits=splits,
-        devices=jax.device_count(),
-        processes=jax.process_count(),
-        schedule=fields.pipeline if splits else 'grouped',
-        recompute=fields.recompute,
-    )
+    try:
+        return make_layout(
+            global_batch=fields.global_batch,
+            micro_batch=fields.micro_batch,
+            replicas=fields.replicas,
+            splits=splits,
+            devices=jax.device_count(),
+            processes=jax.process_count(),
+            schedule=fields.pipeline if splits else 'grouped',
+            recompute=fields.recompute,
+        )
+    except TooManyReplicasError as error:
+        if jax.process_count() > 1:
+            raise
+        raise ConfigError(f'{error}, or try on a CPU with --cpu_devices={error.devices}') from None
 
 
 def _open_sources(fields: Fields) -> Sources:

@@ -70,6 +70,14 @@ class Layout:
         return [list(group) for group in zip(*self.replica_groups, strict=True)]
 
 
+class TooManyReplicasError(ConfigError):
+    """Replicas that there are no devices for; `devices` are as many as they need."""
+
+    def __init__(self, message: str, devices: int) -> None:
+        super().__init__(message)
+        self.devices = devices
+
+
 def make_layout(
     *,
     global_batch: int,
@@ -111,7 +119,7 @@ def make_layout(
     chosen = not replicas
     replicas = replicas or max(room, processes)
     if replicas > room or replicas % processes:
-        raise ConfigError(_too_many(replicas, stages, devices, processes, room))
+        raise TooManyReplicasError(_too_many(replicas, stages, devices, processes, room), replicas * stages)
     if global_batch % (micro_batch * replicas):
         proposal = _proposal(global_batch, micro_batch, replicas)
         counts = range(replicas - processes, 0, -processes) if chosen else ()
@@ -141,7 +149,7 @@ def _too_many(replicas: int, stages: int, devices: int, processes: int, room: in
     wanted = f'replicas={replicas} × stages={stages} needs {replicas * stages} devices, but there are {devices}'
     if processes == 1:
         remedy = f'set replicas={room}' if room else f'use at most {devices} stage{"s" if devices > 1 else ""}'
-        return f'{wanted}; {remedy}, or try on a CPU with --cpu_devices={replicas * stages}'
+        return f'{wanted}; {remedy}'
     if replicas % processes:
         return f'replicas={replicas} must be a multiple of the {processes} processes, each of which owns whole replicas'
     return f'{wanted} in {processes} processes, which have room for {room} whole replicas; give each more devices'

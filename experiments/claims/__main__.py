@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     names = list(table.claims(table.SCALES['cpu']))
     parser.add_argument('--scale', choices=table.SCALES, default='cpu', help='how large everything is (%(default)s)')
     parser.add_argument('--claims', default=','.join(names), help='which (%(default)s)')
-    parser.add_argument('--workers', type=int, default=1, help='runs at a time (%(default)s)')
+    parser.add_argument('--workers', type=int, help='runs at a time (1)')
     parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/claims'), help='(%(default)s)')
     parser.add_argument(
         '--results', type=pathlib.Path, help='CSV with a row a run, written or, with --show, read (WORKDIR/SCALE.csv)'
@@ -47,12 +47,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args.claims = args.claims.split(',')
     for name in args.claims:
         if name not in names:
-            parser.error(f'--claims: {name!r} is unknown; choose among {", ".join(names)}')
-    for argument in rest:
-        if not argument.startswith('--config.'):
-            parser.error(f'unrecognized argument {argument}')
+            raise ConfigError(f'--claims: {name!r} is unknown; choose among {", ".join(names)}')
+    rest = trainer.overrides(rest)
+    if args.show and args.workers is not None:
+        raise ConfigError('--workers means nothing with --show')
+    if args.show and args.results and rest:
+        raise ConfigError(f'{rest[0]} means nothing with --show and --results, which holds the runs as they were')
+    args.workers = 1 if args.workers is None else args.workers
     if args.workers < 1:
-        parser.error(f'--workers={args.workers} must be at least 1')
+        raise ConfigError(f'--workers={args.workers} must be at least 1')
     args.workdir = args.workdir.expanduser().absolute()
     return args, rest
 
@@ -65,24 +68,31 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
     planned = runs.plan(scale, every, every, args.workdir / args.scale, more)
     results = args.results or args.workdir / f'{args.scale}.csv'
     names = table.needed(scale, args.claims)
+    for field in trainer.overridden(more):
+        if field in table.varied(scale, names):
+            raise ConfigError(f'--config.{field} cannot be set: the runs of {",".join(args.claims)} differ in it')
     left = 0
     if not args.show:
         trainer.make_folder('workdir', args.workdir)
-        trainer.make_folder('results', results.parent)
+        trainer.check_file('results', results)
         left = train([one for one in planned if one.name in names], every, args.workers)
     rows = [row for one in planned if (row := runs.read(one, every)) is not None]
     if not args.show:
         runs.write_rows(rows, results)
     elif args.results or not rows:
         results = args.results or STORED / f'{args.scale}.csv'
-        if not results.exists():
-            raise ConfigError(f'there are no runs in {args.workdir} and no results in {results}')
+        if more or not results.exists():
+            stored = f'with {" ".join(more)}' if more else f'and no results in {results}'
+            raise ConfigError(f'there are no runs in {args.workdir} {stored}')
         rows = runs.read_rows(results, every)
+        for row in rows:
+            if f'--config={scale.recipe} ' not in row['command']:
+                raise ConfigError(f'{results} is not of --scale={args.scale}: {row["command"][:60]} …')
     else:
         results = args.workdir / args.scale
     claims = {name: claim for name, claim in table.claims(scale).items() if name in args.claims}
     print(report.show(claims, runs.collect(rows)))
-    print(f'\n{report.legend(scale, names)}\n')
+    print(f'\n{report.legend(scale, names, more)}\n')
     print(f'{len(rows)} runs; {results}')
     if left:
         sys.exit(left)

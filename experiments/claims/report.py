@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments.claims.table import Claim, Scale, settings
 from experiments.claims.verdicts import Finding, Rows, Sample, conclude
+from experiments.trainer import overridden
 
 
 def show(claims: Mapping[str, Claim], rows: Rows) -> str:
@@ -26,10 +27,19 @@ def show(claims: Mapping[str, Claim], rows: Rows) -> str:
     return '\n'.join(lines)
 
 
-def legend(scale: Scale, names: Sequence[str]) -> str:
-    """Returns what the settings of these names are: the first the recipe, the others what differs from it."""
+def legend(scale: Scale, names: Sequence[str], overrides: Sequence[str] = ()) -> str:
+    """Returns what the settings are: what all of them have in common, and what each has besides.
+
+    Args:
+        scale: Of the settings.
+        names: Of the settings.
+        overrides: --config.FIELD=VALUE of all runs.
+    """
     every = settings(scale)
-    lines = [f'Every setting is {scale.recipe} with {fields(scale.changes)}. Beside that']
+    common = scale.changes | {'global_batch': scale.batches[0]}
+    common = {name: value for name, value in common.items() if name not in overridden(overrides)}
+    given = ''.join(f', {argument}' for argument in overrides)
+    lines = [f'Every setting is {scale.recipe} with {fields(common)}{given}. Beside that']
     for name in names:
         setting = every[name]
         start = f'from the weights of {setting.starts_from!r}, ' if setting.starts_from else ''

@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import pathlib
 import shutil
 import threading
@@ -67,13 +68,15 @@ class Run:
 
     def arguments(self, every: Mapping[str, Setting]) -> list[str]:
         """Returns its flags of main.py."""
-        changes = {**self.scale.changes, 'global_batch': self.scale.batches[0], **self.setting.changes}
+        common = self.scale.changes | {'global_batch': self.scale.batches[0]}
+        given = [trainer.override(*change) for change in common.items() if change[0] not in self.setting.changes]
+        changes = dict(self.setting.changes)
         start = self.start(every)
         if start:
             changes['init_from'] = start.workdir
-        more = [f'--cpu_devices={self.setting.cpu_devices}'] if self.setting.cpu_devices else []
         changes['seed'] = self.seed
-        return trainer.arguments(self.scale.recipe, changes, self.workdir, *self.more, *more)
+        devices = [f'--cpu_devices={self.setting.cpu_devices}'] if self.setting.cpu_devices else []
+        return trainer.arguments(self.scale.recipe, [*given, *self.more], changes, self.workdir) + devices
 
 
 def plan(
@@ -201,6 +204,8 @@ def read_rows(path: pathlib.Path, every: Iterable[str]) -> list[dict[str, Any]]:
     """
     rows, seen, every = [], set(), set(every)
     try:
+        if not path.read_bytes().endswith(b'\n'):
+            raise ConfigError(f'{path} is cut short: its last line does not end')
         with path.open(newline='', encoding='utf-8') as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
@@ -277,10 +282,14 @@ def _row_of(texts: Mapping[str, str], where: str) -> dict[str, Any]:
     for name, text in texts.items():
         try:
             row[name] = _value(name, text)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ConfigError(f'{where}: {name}={text!r} must be a number') from None
         if name.startswith('test_accuracy') and text and not 0 <= row[name] <= 1:
             raise ConfigError(f'{where}: {name}={text!r} must be from 0 to 1')
+        if isinstance(row[name], int | float) and not (name == 'classes') <= row[name] < math.inf:
+            raise ConfigError(f'{where}: {name}={text!r} must be at least {int(name == "classes")}')
+    if row['test_accuracy'] is None and not row['error']:
+        raise ConfigError(f'{where}: without an error there must be a test_accuracy')
     return row
 
 

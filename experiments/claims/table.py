@@ -233,11 +233,11 @@ def claims(scale: Scale) -> dict[str, Claim]:
         'batch': Claim(
             'LARS keeps the accuracy at the largest batch, where RMSProp loses it',
             (
-                Comparison('LARS, middle batch', 'base'),
-                Comparison('LARS, largest batch', 'base', not_below),
-                Comparison('RMSProp, middle batch', 'RMSProp, smallest batch'),
-                Comparison('RMSProp, largest batch', 'RMSProp, smallest batch', below),
-                Comparison('LARS, largest batch', 'RMSProp, largest batch', above),
+                Comparison('LARS, middle batch', 'base', paired=True),
+                Comparison('LARS, largest batch', 'base', not_below, paired=True),
+                Comparison('RMSProp, middle batch', 'RMSProp, smallest batch', paired=True),
+                Comparison('RMSProp, largest batch', 'RMSProp, smallest batch', below, paired=True),
+                Comparison('LARS, largest batch', 'RMSProp, largest batch', above, paired=True),
             ),
         ),
         'groups': Claim(
@@ -271,6 +271,12 @@ def claims(scale: Scale) -> dict[str, Claim]:
             (Comparison('base', 'base', above, of_a='test_accuracy_averaged', paired=True),),
         ),
     }
+
+
+def varied(scale: Scale, names: Sequence[str]) -> set[str]:
+    """Returns the fields in which the runs of some settings differ from each other."""
+    every = settings(scale)
+    return {'seed', 'global_batch', 'init_from'}.union(*(every[name].changes for name in names))
 
 
 def needed(scale: Scale, names: list[str]) -> list[str]:

@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     mode, read = _mode(args)
     for name, value in given.items():
         if value is not None and name not in read:
-            parser.error(f'--{name} means nothing with {mode}')
+            raise ConfigError(f'--{name} means nothing with {mode}')
     return args
 
 
@@ -99,6 +99,8 @@ def run(args: argparse.Namespace) -> str:
         found = calibrate(args.machine)
         return json.dumps(found) if args.json else f'{report.measured(found)}\n\nwritten to {args.machine}'
     if args.validate:
+        if args.machine != MACHINE_FILE:
+            load_machine(args.machine)  # one that was named has to be there
         rows = [*validation.published_rows(), *validation.memory_rows(), *validation.machine_rows(args.machine)]
         claims = validation.claims()
         if args.json:

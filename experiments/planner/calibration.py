@@ -21,6 +21,15 @@ from experiments.planner.workload import Workload
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 MACHINE_FILE = RESULTS / 'this_machine.json'
+# Of what was measured: least and greatest that a machine can be, in bytes, FLOP/s, bytes/s and seconds.
+PLAUSIBLE = {
+    'memory': (1e6, 1e18),
+    'flops': (1e6, 1e18),
+    'bandwidth': (1e6, 1e18),
+    'link_bandwidth': (1e3, 1e18),
+    'latency': (1e-9, 60.0),
+    'update_seconds': (1e-6, 1e6),
+}
 BLOCK_FLAGS = ('model', 'group_size', 'image_size', 'micro_batch', 'policy')
 
 
@@ -120,12 +129,18 @@ def load_machine(path: pathlib.Path) -> Machine:
     try:
         found = json.loads(path.read_text())
         flags = found['flags']
-        for name in ('memory', 'flops', 'bandwidth', 'link_bandwidth', 'update_seconds', 'latency'):
-            if not 0 < found[name] < math.inf:
-                raise ValueError(f'{name}={found[name]!r} must be above 0')
-        for values, name in ((found, 'devices'), (flags, 'micro_batch'), (flags, 'accumulation')):
-            if not isinstance(values[name], int) or values[name] < 1:
-                raise ValueError(f'{name}={values[name]!r} must be a whole number above 0')
+        for name in PLAUSIBLE:
+            least, most = PLAUSIBLE[name]
+            if isinstance(found[name], bool) or not least <= found[name] <= most:
+                raise ValueError(f'{name}={found[name]!r} must be from {least:g} to {most:g}')
+        for values, name in (
+            (found, 'devices'),
+            *((flags, name) for name in ('image_size', 'micro_batch', 'accumulation')),
+        ):
+            if type(values[name]) is not int or not 1 <= values[name] <= 10_000:
+                raise ValueError(f'{name}={values[name]!r} must be a whole number from 1 to 10,000')
+        if not isinstance(found['machine'], str):
+            raise ValueError(f'machine={found["machine"]!r} must be its name')
         memory = found['memory'] / found['devices']
         device = Device({4: found['flops']}, found['bandwidth'], memory, 1.0, narrowest=4)  # 16 bits are widened
         link = Link(found['devices'], found['link_bandwidth'], found['latency'])

@@ -22,6 +22,7 @@ from experiments.benchmark.pipeline import Sample, build_single, measure
 from experiments.benchmark.setup import machine_name, progress, start_jax
 from experiments.benchmark.workers import Jobs, Worker
 from experiments.planner.calibration import BLOCK_FLAGS
+from experiments.trainer import check_file
 
 FLAGS = {  # of the update and its blocks; small enough for a core, 32.32 because a CPU computes 16 bits in fp32
     'model': 'b0',
@@ -52,6 +53,7 @@ def calibrate(path: pathlib.Path) -> dict[str, Any]:
         ConfigError: The file cannot be written.
         RunError: A measuring process died.
     """
+    check_file('machine', path)
     scale = {name: FLAGS[name] or None for name in ('width', 'depth')}
     names = block_names(model_spec(FLAGS['model'], group_size=FLAGS['group_size'], **scale))
     every = FLAGS | {'stages': len(names), 'splits': ','.join(names[1:])}
@@ -80,7 +82,6 @@ def calibrate(path: pathlib.Path) -> dict[str, Any]:
             worker.stop()
     found = summary({name: typical(values, alone=len(jobs[name]) == 1) for name, values in samples.items()}, names)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + '\n')
     except OSError as error:
         raise ConfigError(f'--machine={path} cannot be written: {error.strerror}') from None

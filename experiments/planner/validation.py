@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from efficientnet.errors import ConfigError
+from efficientnet.parallel.stages import check_splits, parse_splits
 from experiments.benchmark.setup import MIB, table
 from experiments.planner.calibration import (
     BLOCK_FLAGS,
@@ -215,14 +216,19 @@ def _pipeline_result(path: pathlib.Path) -> dict[str, Any]:
         flags = found['flags']
         if not isinstance(found['machine'], str):
             raise ValueError(f'machine={found["machine"]!r} must be its name')
-        if flags['stages'] != found['splits'].count(',') + 2:
+        if not found['splits'] or flags['stages'] != found['splits'].count(',') + 2:
             raise ValueError(f'splits={found["splits"]!r} must make stages={flags["stages"]}')
+        for name in ('image_size', 'micro_batch', 'accumulation'):
+            if type(flags[name]) is not int or not 1 <= flags[name] <= 10_000:
+                raise ValueError(f'{name}={flags[name]!r} must be a whole number from 1 to 10,000')
         if flags['width'] or flags['depth']:
             raise ValueError('width and depth must be 0, which is the model as it is')
         for job in ('one_stage', 'pipeline'):
             if not 0 < found['seconds'][job] < math.inf:
                 raise ValueError(f'seconds.{job}={found["seconds"][job]!r} must be above 0')
-        _workload(flags, found['splits']).check()
+        workload = _workload(flags, found['splits'])
+        workload.check()
+        check_splits(workload.spec(), parse_splits(workload.splits))
     except (OSError, AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
         raise ConfigError(
             f'{path} is not what python -m experiments.benchmark pipeline --json prints ({error!r})'

@@ -12,6 +12,7 @@ from efficientnet.parallel.stages import BUFFERS, PASSES, SCHEDULES
 BALANCED = 'balanced'  # splits
 IMAGE_BYTES = {'uint8': 1, 'fp32': 4}  # of a number of an image on its way from the host
 IMAGENET = 1_281_167  # training images
+LARGEST = 1_000_000  # of a size; what is larger would be counted for minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +91,10 @@ class Workload:
         for field, known in known_values.items():
             if getattr(self, field) not in known:
                 raise ConfigError(f'--{field}={getattr(self, field)!r} is unknown; choose one of {", ".join(known)}')
-        for field in ('image_size', 'stages', 'replicas', 'micro_batch'):
-            if getattr(self, field) < 0:
-                raise ConfigError(f'--{field}={getattr(self, field)} must be at least 0')
+        for field in ('image_size', 'stages', 'replicas', 'micro_batch', 'global_batch', 'classes', 'group_size'):
+            value = getattr(self, field)
+            if not isinstance(value, int) or not 0 <= value <= LARGEST:
+                raise ConfigError(f'--{field}={value} must be a whole number from 0 to {LARGEST:,}')
         if not 0 < self.epochs < math.inf:
             raise ConfigError(f'--epochs={self.epochs:g} must be above 0')
         if self.examples < 1:

@@ -45,13 +45,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument('--workdir', type=pathlib.Path, help='for runs, trials.csv and pictures (runs/NAME)')
     parser.add_argument('--prune', action=argparse.BooleanOptionalAction, default=True, help='end bad trials early')
     args, rest = parser.parse_known_args(argv)
-    for argument in rest:
-        if not argument.startswith('--config.'):
-            parser.error(f'unrecognized argument {argument}')
+    rest = trainer.overrides(rest)
     for name in ('trials', 'workers'):
         value = getattr(args, name)
         if value is not None and value < 1:
-            parser.error(f'--{name}={value} must be at least 1')
+            raise ConfigError(f'--{name}={value} must be at least 1')
     recipe = pathlib.Path(args.config).name.replace('.py', '').replace(':', '-')  # with its argument
     args.name = args.name or f'{args.study}-{recipe}'
     args.workdir = (args.workdir or pathlib.Path('runs') / args.name).expanduser().absolute()
@@ -63,9 +61,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     """Runs what is left of a sweep and writes what came of it."""
     plan = studies.STUDIES[args.study]
     recipe = trainer.load_recipe(args.config, overrides)
-    for field in sorted(studies.own_fields(plan)):
-        if any(argument.startswith(f'--config.{field}=') for argument in overrides):
-            raise ConfigError(f'--config.{field} means nothing here: study {args.study} sets it in every trial')
+    for field in sorted(studies.own_fields(plan) & set(trainer.overridden(overrides))):
+        raise ConfigError(f'--config.{field} means nothing here: study {args.study} sets it in every trial')
     space = studies.distributions(plan, recipe)
     trainer.make_folder('workdir', args.workdir)
     study = search.open_study(args.name, search.open_storage(args.storage), recipe, prune=args.prune)
@@ -86,8 +83,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         print(f'  fixed: {", ".join(f"{name} {value}" for name, value in plan.changes.items())}')
         for name in space:
             print(f'  {name}: {studies.describe(plan, name, recipe, grid=args.grid)}', flush=True)
-        trainer.in_threads(args.workers, sweep.work)
-    for file in report.write(study, args.workdir):
+        try:
+            trainer.in_threads(args.workers, sweep.work)
+        finally:
+            files = report.write(study, args.workdir)
+    for file in files:
         print(file)
     print(summary(study, plan, overrides))
     if interrupt.requested():

@@ -26,12 +26,15 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from efficientnet.errors import ConfigError
+from efficientnet.errors import ConfigError, status
 from efficientnet.loop.settings import flatten
 from experiments import trainer
 from experiments.sweep import studies
 
 FOLDER, ERROR = 'folder', 'error'  # attributes of a trial; its other ones are numbers of its summary
+# Likewise: the trainer refused the recipe (no data, a field out of range) before any trial had come to anything, so
+# that it would refuse all others too. Such a trial ends the sweep and does not count.
+REFUSED = 'refused'
 KEPT = ('seconds', 'images_per_second', 'steps', 'skipped', 'test_accuracy_averaged')
 RECIPE = 'recipe'  # attribute of a study: the flat config it was started with
 GRACE = 60.0  # seconds after which a trial without a folder is one whose worker died while it was made
@@ -54,7 +57,9 @@ def open_storage(place: str) -> BaseStorage:
         if path.suffix == '.db':
             return RDBStorage(f'sqlite:///{path}', engine_kwargs={'connect_args': {'timeout': 60}})
         return JournalStorage(JournalFileBackend(str(path)))
-    except (OSError, ValueError, KeyError, ImportError, SQLAlchemyError, StorageInternalError) as error:
+    except (KeyError, TypeError) as error:  # what Optuna raises for JSON of something else
+        raise ConfigError(f'--storage={place} cannot be used: it is no journal of Optuna') from error
+    except (OSError, ValueError, ImportError, SQLAlchemyError, StorageInternalError) as error:
         # What Optuna and its backends raise for a file of something else, a missing driver, no rights, no server.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f'--storage={place} cannot be used: {reason}') from error
@@ -64,7 +69,7 @@ def open_study(name: str, storage: BaseStorage, recipe: ml_collections.ConfigDic
     """Returns the study of this name, made if there is none.
 
     Raises:
-        ConfigError: It was started with another recipe.
+        ConfigError: Trials of it were started with another recipe.
     """
     # From the second evaluation on, a trial goes on only if it is above the median of five or more ended ones.
     pruner = optuna.pruners.MedianPruner(5, n_warmup_steps=2) if prune else optuna.pruners.NopPruner()
@@ -73,7 +78,7 @@ def open_study(name: str, storage: BaseStorage, recipe: ml_collections.ConfigDic
     )
     now = json.loads(json.dumps(flatten(recipe)))
     before = study.user_attrs.get(RECIPE)
-    if before is None:
+    if not any(FOLDER in trial.user_attrs and REFUSED not in trial.user_attrs for trial in study.get_trials()):
         study.set_user_attr(RECIPE, now)
     elif before != now:
         differ = sorted(field for field in before.keys() | now.keys() if before.get(field) != now.get(field))
@@ -99,10 +104,15 @@ class Sweep:
     program: Sequence[str] = trainer.PROGRAM
     mine: set[str] = dataclasses.field(default_factory=set)  # folders that this process works in
     turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    refused: threading.Event = dataclasses.field(default_factory=threading.Event)  # a trial was, see `REFUSED`
 
     def work(self) -> None:
-        """Runs trials until all are handed out and ended, or until told to stop."""
-        while not self.stop():
+        """Runs trials until all are handed out and ended, or until told to stop.
+
+        Raises:
+            ConfigError: The trainer refused the recipe.
+        """
+        while not self._leaves():
             with self._claimed() as (trial, lock, pending):
                 if trial is not None:
                     self._run(trial, lock)
@@ -113,10 +123,16 @@ class Sweep:
 
     def enqueue_grid(self, values: dict[str, Sequence[Any]]) -> int:
         """Puts the points of a grid, but those that are there already, in front of the queue; returns how many."""
-        points = list(itertools.product(*values.values()))
+        points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+        trials = self.study.get_trials(deepcopy=False)
+        refused = [trial.params for trial in trials if REFUSED in trial.user_attrs]
+        others = [trial.params for trial in trials if REFUSED not in trial.user_attrs]
         for point in points:
-            self.study.enqueue_trial(dict(zip(values, point, strict=True)), skip_if_exists=True)
+            self.study.enqueue_trial(point, skip_if_exists=point not in refused or point in others)
         return len(points)
+
+    def _leaves(self) -> bool:
+        return self.stop() or self.refused.is_set()
 
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[tuple[Trial | None, IO | None, bool]]:
@@ -156,6 +172,10 @@ class Sweep:
                     self.say(f'trial {trial.number} was abandoned; another one takes over')
         return pending
 
+    def _any_ended(self) -> bool:
+        """Whether some trial got as far as an evaluation."""
+        return any(trial.intermediate_values for trial in self.study.get_trials(deepcopy=False))
+
     def _running(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
@@ -169,10 +189,10 @@ class Sweep:
                 reported += 1  # evaluations are numbered from 1: batch sizes differ, so steps would
                 trial.report(accuracies[reported - 1], reported)
                 pruned = trial.should_prune()
-            return pruned or self.stop()
+            return pruned or self._leaves()
 
         changes = studies.changes(self.plan, trial.params)
-        given = trainer.arguments(self.recipe, changes, folder, *self.overrides)
+        given = trainer.arguments(self.recipe, self.overrides, changes, folder)
         outcome = trainer.run(given, folder, lock, leave=leave, program=self.program)
         self._record(trial, outcome, pruned)
 
@@ -185,7 +205,13 @@ class Sweep:
             text = f'{outcome.summary["test_accuracy"]:.2%}'
         elif outcome.error:
             trial.set_user_attr(ERROR, outcome.error)
+            refused = outcome.status == status(ConfigError()) and not self._any_ended()
+            if refused:
+                trial.set_user_attr(REFUSED, True)
             self.study.tell(trial, state=TrialState.FAIL)
+            if refused:
+                self.refused.set()
+                raise ConfigError(f'trial {trial.number}: {outcome.error.removeprefix("error: ")}')
             text = f'failed: {outcome.error}'
         elif pruned:
             self.study.tell(trial, state=TrialState.PRUNED)
@@ -206,7 +232,8 @@ def show(value: Any) -> str:
 
 def _count(trials: Sequence[FrozenTrial]) -> int:
     """Returns how many trials were handed out; one and those that took it over share a folder and count once."""
-    begun = [trial for trial in trials if FOLDER in trial.user_attrs or not trial.state.is_finished()]
+    counted = [trial for trial in trials if REFUSED not in trial.user_attrs]
+    begun = [trial for trial in counted if FOLDER in trial.user_attrs or not trial.state.is_finished()]
     return len({trial.user_attrs.get(FOLDER, trial.number) for trial in begun})
 
 

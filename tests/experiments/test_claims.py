@@ -223,6 +223,8 @@ def test_a_run_whose_outcome_is_damaged_is_done_again(text, tmp_path):
         ('base,0,0.', 'base,0,4', "test_accuracy='448425' must be from 0 to 1"),
         ('base,1,', 'base,0,', "'base' with seed 0 comes twice"),
         ('base,0,', 'bass,0,', "no claim has a setting='bass'"),
+        ('base,0,0.48425', 'base,0,', 'line 2: without an error there must be a test_accuracy'),
+        ('558634,10,', '558634,0,', "classes='0' must be at least 1"),
         ('base,0,', 'b\xff', 'is no CSV'),
     ],
 )
@@ -343,7 +345,14 @@ def test_text():
     [
         (['--claims=batch,luck'], "'luck' is unknown"),
         (['--workers=0'], '--workers=0 must be at least 1'),
-        (['--show', '--quick'], 'unrecognized argument --quick'),
+        (['--show', '--quick'], "unrecognized argument '--quick'"),
+        (['--show', '--workers=2'], '--workers means nothing with --show'),
+        (['--show', '--workdir=/nowhere', '--config.model.dropout=0.1'], 'no runs in /nowhere with --config.model'),
+        (['--show', '--results=x.csv', '--config.model.dropout=0.1'], 'means nothing with --show and --results'),
+        (['--config.seed=0', '--claims=groups'], '--config.seed cannot be set: the runs of groups differ in it'),
+        (['--config.model.group_size=16', '--claims=groups'], '--config.model.group_size cannot be set'),
+        (['--show', '--workdir=/nowhere', f'--results={command.STORED / "digits.csv"}'], 'is not of --scale=cpu'),
+        (['--scale=digits', '--claims=groups', f'--results={ROOT}'], 'is a folder; it must be a file'),
         (['--show', '--config.optimizer.momentun=1'], 'momentun'),
         (
             ['--show', '--scale=gpu', '--workdir=/nowhere', '--results=/nowhere/gpu.csv'],

@@ -1,6 +1,7 @@
 """Sweeps: what is drawn, who does which trial, and what is left after kills, failures and pruning."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import shlex
@@ -106,6 +107,36 @@ def test_workers_of_two_machines_share_the_trials_and_a_failure_is_one_trial(tmp
             assert (row['evaluations'], row['seconds'], row['error']) == ('4', '2.0', '')
             assert not (tmp_path / 'trials' / row['folder'] / 'checkpoints').exists()
     assert {row['state'] for row in found} == {'fail', 'complete'}
+
+
+def test_what_is_drawn_wins_over_what_was_given(tmp_path):
+    """A field that is searched around the recipe's value may be given: it says what is searched around."""
+    sweep = dataclasses.replace(make(tmp_path, trials=1), overrides=('--config.optimizer.momentum=0.6',))
+    sweep.work()
+    (row,) = rows(sweep, tmp_path)
+    given = json.loads((tmp_path / 'trials' / row['folder'] / 'starts').read_text().partition(' ')[2])
+    assert float(given['optimizer.momentum']) == float(row['optimizer.momentum']) != 0.6
+
+
+def test_a_recipe_that_is_refused_ends_the_sweep_and_costs_no_trial(tmp_path):
+    bad = dataclasses.replace(make(tmp_path, trials=2), overrides=('--config.epochs=-3',))
+    with pytest.raises(ConfigError, match='trial 0: epochs=-3 is out of range'):
+        trainer.in_threads(1, bad.work)
+    good = make(tmp_path, trials=2)
+    good.work()
+    assert [row['state'] for row in rows(good, tmp_path)] == ['fail', 'complete', 'complete']
+
+
+def test_points_of_a_grid_that_were_refused_come_back(tmp_path):
+    sweep = make(tmp_path, space={'epochs': studies.Choice((-3, 3))})
+    points = {'epochs': (-3, 3)}
+    sweep.enqueue_grid(points)
+    with pytest.raises(ConfigError, match='epochs=-3'):
+        dataclasses.replace(sweep, trials=0).work()
+    again = dataclasses.replace(make(tmp_path, space={'epochs': studies.Choice((-3, 3))}), trials=0)
+    assert again.enqueue_grid(points) == 2
+    again.work()  # now that another point has come to something, one that is refused is a trial that failed
+    assert [row['state'] for row in rows(again, tmp_path)] == ['fail', 'complete', 'fail']
 
 
 def test_a_crash_is_told_by_its_signal(tmp_path):
@@ -240,8 +271,10 @@ def test_a_grid_is_done_once(tmp_path):
 
 def test_another_recipe_is_another_study(tmp_path):
     storage = search.open_storage(str(tmp_path / 'sweep.db'))
-    search.open_study('one', storage, trainer.load_recipe(DIGITS), prune=True)
     other = trainer.load_recipe(DIGITS, ['--config.epochs=3', '--config.model.width=0.25'])
+    search.open_study('one', storage, other, prune=True)  # of which nothing came
+    study = search.open_study('one', storage, trainer.load_recipe(DIGITS), prune=True)
+    study.ask().set_user_attr(search.FOLDER, '0000')
     with pytest.raises(ConfigError, match=r"study 'one' .* differs in epochs, model\.width"):
         search.open_study('one', storage, other, prune=True)
     search.open_study('two', storage, other, prune=True)
@@ -292,7 +325,7 @@ def test_without_two_accuracies_there_is_nothing_to_draw(tmp_path):
         (['--study=lars', f'--config={DIGITS}', '--trials=0'], '--trials=0 must be at least 1'),
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--workers=0'], '--workers=0 must be at least 1'),
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--grid'], 'not allowed with'),
-        (['--study=lars', f'--config={DIGITS}', '--trials=2', '--speed'], 'unrecognized argument --speed'),
+        (['--study=lars', f'--config={DIGITS}', '--trials=2', '--speed'], "unrecognized argument '--speed'"),
         (['--study=lars', '--config=configs/no.py', '--trials=2'], 'configs/no.py'),
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.momentun=1'], 'momentun'),
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.rate_per_example=-1'], 'above 0'),
@@ -300,6 +333,11 @@ def test_without_two_accuracies_there_is_nothing_to_draw(tmp_path):
         (['--study=lars', f'--config={DIGITS}', '--trials=2', f'--workdir={DIGITS}'], '--workdir: folder'),
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.momentum=0.5'], 'means nothing here'),
         (['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.optimizer.name=sgd'], 'means nothing here'),
+        (['--study=rmsprop', f'--config={DIGITS}', '--grid', '--config.optimizer.nesterov'], 'means nothing here'),
+        (
+            ['--study=lars', f'--config={DIGITS}', '--trials=2', '--config.epochs', '1'],
+            "unrecognized argument '1'; a field",
+        ),
     ],
 )
 def test_errors_are_one_line(argv, words, capsys):
