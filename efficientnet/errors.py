@@ -1,8 +1,11 @@
 """What stands for "the user can mend this", and the one line that every command then ends with."""
 
+import contextlib
+import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import NoReturn
 
 
@@ -27,6 +30,19 @@ def leave(problem: object) -> NoReturn:
     """Ends a command with what is wrong as one line on standard error, and the problem's status."""
     print('error: ' + ' '.join(str(problem).split()), file=sys.stderr)
     sys.exit(status(problem))
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Ends a command with one line for what the user can mend, and quietly if nobody reads on, such as `head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (ConfigError, RunError) as error:
+        leave(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def plainly(error: Exception) -> str:

@@ -10,7 +10,7 @@ the runs so far, or of the results that are stored in experiments/claims/results
 --config.FIELD=VALUE is added to all runs; what was run with others is run again. A run that is killed with its
 command goes on by itself, and is taken up when it has ended.
 
-The scales: digits is embedded, and the seconds of its 110 stored runs add up to 39 minutes; cpu is CIFAR-10, sized for
+The scales: digits is embedded, and its 110 runs take some 40 minutes; cpu is CIFAR-10, sized for
 three hours of two cores; gpu is CIFAR-10 at a larger size, not run yet.
 """
 
@@ -18,7 +18,7 @@ import argparse
 import pathlib
 import sys
 
-from efficientnet.errors import ConfigError, leave
+from efficientnet.errors import ConfigError, one_line
 from efficientnet.loop.interrupt import Interrupt
 from experiments import trainer
 from experiments.claims import report, runs, table
@@ -94,6 +94,9 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
     print(report.show(claims, runs.collect(rows)))
     print(f'\n{report.legend(scale, names, more)}\n')
     print(f'{len(rows)} runs; {results}')
+    stored = STORED / f'{args.scale}.csv'
+    if args.show and not args.results and results != stored and stored.exists():
+        print(f'the results stored with the project: --show --results={stored.relative_to(trainer.ROOT)}')
     if left:
         sys.exit(left)
 
@@ -114,10 +117,8 @@ def train(planned: list[runs.Run], every: dict[str, table.Setting], workers: int
 
 def main(argv: list[str]) -> None:
     """Tests the claims; whatever is wrong with the flags is one line."""
-    try:
+    with one_line():
         run(*parse(argv))
-    except ConfigError as error:
-        leave(error)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.claims.table import Claim, Scale, settings
-from experiments.claims.verdicts import Finding, Rows, Sample, conclude
+from experiments.claims.verdicts import ENOUGH, Finding, Rows, Sample, conclude
 from experiments.trainer import overridden
 
 
@@ -22,7 +22,8 @@ def show(claims: Mapping[str, Claim], rows: Rows) -> str:
         lines += [f'{name}: {claim.title}: {verdict.upper()}', *map(describe, findings), '']
     lines.append(
         'Mean ± standard deviation over n seeds; in brackets the 95 % interval of the difference (Welch; by seed where '
-        'paired). A comparison holds if the interval lies in the expected bounds, does not if it lies outside.'
+        f'paired). With {ENOUGH} seeds of both, a comparison holds if the interval lies in the expected bounds, and '
+        'does not if it lies outside. Bounds and differences are points of a percent.'
     )
     return '\n'.join(lines)
 
@@ -67,6 +68,8 @@ def describe(finding: Finding) -> str:
         text += f' = {mean} [{low}, {high}]{" paired" if one.paired else ""}'
     if one.expected:
         text += f'; expected {bounds_text(one.expected, seconds)}: {finding.verdict}'
+        fewest = min(side.n if side else 0 for side in (finding.a, finding.b))
+        text += f' ({fewest} of {ENOUGH} seeds)' if fewest < ENOUGH else ''
     if finding.diverged:
         text += f'; {finding.diverged} diverged' + ('' if seconds else ' and count as guessing')
     return text

@@ -241,7 +241,7 @@ def claims(scale: Scale) -> dict[str, Claim]:
             ),
         ),
         'groups': Claim(
-            'groups of 16 (expand ratio 4) are at least as good as of 1 (ratio 6), groups of 4 (ratio 5) between',
+            'groups of 16 (expand ratio 4) are as good as of 4 (ratio 5) and of 1 (ratio 6), groups of 4 as of 1',
             (
                 Comparison('base', 'G1', not_below),
                 Comparison('base', 'G4', not_below),

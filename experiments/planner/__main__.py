@@ -15,7 +15,8 @@ import json
 import pathlib
 import sys
 
-from efficientnet.errors import ConfigError, RunError, leave
+from efficientnet.errors import ConfigError, one_line
+from experiments.benchmark.setup import machine_name
 from experiments.planner import report, validation
 from experiments.planner import sweep as sweeps
 from experiments.planner.calibration import MACHINE_FILE, POINTS, load_machine, plan_on
@@ -57,7 +58,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument('--json', action='store_true', help='print one JSON object instead of text')
     parser.add_argument(
-        '--machine', type=pathlib.Path, default=MACHINE_FILE, help='what --calibrate wrote, or writes over'
+        '--machine',
+        type=pathlib.Path,
+        help=f'what --calibrate writes and this_machine is ({MACHINE_FILE}; for --validate what is stored with it)',
     )
     parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/planner'), help='folder of the charts')
     modes = parser.add_mutually_exclusive_group()
@@ -93,15 +96,15 @@ def run(args: argparse.Namespace) -> str:
         ConfigError: A flag is out of range.
         RunError: A measuring process died.
     """
+    machine_file = args.machine or MACHINE_FILE
     if args.calibrate:
         from experiments.planner.measure import calibrate
 
-        found = calibrate(args.machine)
-        return json.dumps(found) if args.json else f'{report.measured(found)}\n\nwritten to {args.machine}'
+        found = calibrate(machine_file)
+        return json.dumps(found) if args.json else f'{report.measured(found)}\n\nwritten to {machine_file}'
     if args.validate:
-        if args.machine != MACHINE_FILE:
-            load_machine(args.machine)  # one that was named has to be there
-        rows = [*validation.published_rows(), *validation.memory_rows(), *validation.machine_rows(args.machine)]
+        measured = validation.machine_rows(args.machine or validation.CALIBRATION)
+        rows = [*validation.published_rows(), *validation.memory_rows(), *measured]
         claims = validation.claims()
         if args.json:
             return json.dumps([each._asdict() | {'hit': each.hit} for each in (*rows, *claims)])
@@ -111,8 +114,8 @@ def run(args: argparse.Namespace) -> str:
         plans = sweeps.sweep(workload)
         text = sweeps.write(plans, args.out)
         return json.dumps([plan.as_json() for plan in plans]) if args.json else f'{text}\n\ncharts in {args.out}'
-    plan = plan_on(args.system, workload, args.machine)
-    return json.dumps(plan.as_json()) if args.json else report.show(plan, _calibrated(args.system, args.machine))
+    plan = plan_on(args.system, workload, machine_file)
+    return json.dumps(plan.as_json()) if args.json else report.show(plan, _calibrated(args.system, machine_file))
 
 
 def _stages(text: str) -> int:
@@ -124,17 +127,16 @@ def _stages(text: str) -> int:
 def _calibrated(name: str, machine_file: pathlib.Path) -> str:
     if name == THIS_MACHINE:
         machine = load_machine(machine_file)
-        return f'one stage, {machine.name}, {machine.date}'
+        other = '' if machine.name == machine_name() else ', which is not this machine'
+        return f'one stage, {machine.name}, {machine.date}{other}'
     point = POINTS[SYSTEMS[name].family]
     return f'{point.system}, {point.images_per_second:,.0f} images/s ({point.source})'
 
 
 def main(argv: list[str]) -> None:
     """Runs the planner; whatever is wrong with its flags is one line."""
-    try:
+    with one_line():
         print(run(parse(argv)))
-    except (ConfigError, RunError) as error:
-        leave(error)
 
 
 if __name__ == '__main__':

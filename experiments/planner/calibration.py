@@ -19,8 +19,7 @@ from experiments.planner.systems import SYSTEMS, THIS_MACHINE, Device, Link, Sys
 from experiments.planner.timing import BlockTime, TimedBlocks
 from experiments.planner.workload import Workload
 
-RESULTS = pathlib.Path(__file__).parent / 'results'
-MACHINE_FILE = RESULTS / 'this_machine.json'
+MACHINE_FILE = pathlib.Path('runs/planner/this_machine.json')  # what `--calibrate` writes unless told otherwise
 # Of what was measured: least and greatest that a machine can be, in bytes, FLOP/s, bytes/s and seconds.
 PLAUSIBLE = {
     'memory': (1e6, 1e18),
@@ -164,9 +163,8 @@ def load_machine(path: pathlib.Path) -> Machine:
                 raise ValueError(f'blocks.{name}={list(time)} must be seconds forward, and more forward and back')
         return Machine(system, workload, found['update_seconds'], blocks, found['date'])
     except FileNotFoundError:
-        raise ConfigError(
-            f'{path} is missing; python -m experiments.planner --calibrate measures this machine'
-        ) from None
+        where = '' if path == MACHINE_FILE else f' --machine={path}'
+        raise ConfigError(f'{path} is missing; python -m experiments.planner --calibrate{where} makes it') from None
     except OSError as error:
         raise ConfigError(f'--machine={path} cannot be read: {error.strerror}') from None
     except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:

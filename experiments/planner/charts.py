@@ -28,13 +28,15 @@ def draw_bars(
     places = range(len(plans))
     axes.bar(places, heights, color=[COLOURS[plan.system.family] for plan in plans])
     for place, plan, height in zip(places, plans, heights, strict=True):
-        text = f'{height:,.0f}' if height >= 100 else f'{height:.1f}'
+        text = f'{height:,.0f}' if height >= 100 else f'{height:.1f}' if height >= 1 else f'{height:.2f}'
+        text = text if plan.fits else f'({text})'
         found = published.get(plan.system.name, ())
         top = max((height, *found))
         axes.annotate(text, (place, top), (0, 3), textcoords='offset points', ha='center', fontsize=7)
         axes.plot([place] * len(found), found, 'k_', markersize=18)
     axes.set_xticks(places, [plan.system.title for plan in plans], rotation=40, ha='right', fontsize=8)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=9)
+    axes.yaxis.set_major_formatter('{x:,g}')
     axes.spines[['top', 'right']].set_visible(False)
     axes.margins(y=0.1)
 

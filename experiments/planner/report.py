@@ -74,12 +74,12 @@ def _memory(plan: Plan) -> str:
     used = sum(plan.memory.values())
     rows = [('memory of the fullest device', 'MiB')]
     rows += [(f'  {part}', f'{size / MIB:,.1f}') for part, size in plan.memory.items()]
-    rows.append((f'of {plan.room / MIB:,.0f} {"fits" if plan.fits else "DOES NOT FIT"}', f'{used / MIB:,.1f}'))
-    rows += [
-        (f'activations of the stage with most, recompute {kind}', f'{plan.activations[kind] / MIB:,.1f}')
-        for kind in PASSES
-    ]
-    return table(rows)
+    rows.append(
+        (f'all: {"fits" if plan.fits else "DOES NOT FIT"} the {plan.room / MIB:,.0f} for arrays', f'{used / MIB:,.1f}')
+    )
+    kinds = [('activations of the stage with most', 'MiB')]
+    kinds += [(f'  recompute {kind}', f'{plan.activations[kind] / MIB:,.1f}') for kind in PASSES]
+    return f'{table(rows)}\n\n{table(kinds)}'
 
 
 def _update(plan: Plan) -> str:
@@ -126,7 +126,8 @@ def batch_table(plans: Sequence[Plan]) -> str:
         layout = plan.layout
         sizes = (layout.micro_batch, layout.stages, layout.replicas, layout.accumulation, layout.global_batch)
         bubble, speed = plan.seconds['bubble'] / plan.update_seconds, round(plan.images_per_second, -2)
-        rows.append((plan.system.title, *map(str, sizes), f'{bubble:.1%}', f'{speed:,.0f}', f'{plan.hours:.2f}'))
+        title = plan.system.title if plan.fits else f'({plan.system.title})'
+        rows.append((title, *map(str, sizes), f'{bubble:.1%}', f'{speed:,.0f}', f'{plan.hours:.2f}'))
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import optuna
 
-from efficientnet.errors import ConfigError, leave
+from efficientnet.errors import ConfigError, one_line
 from efficientnet.loop.interrupt import Interrupt
 from experiments import trainer
 from experiments.sweep import report, search, studies
@@ -121,10 +121,8 @@ def summary(study: optuna.Study, plan: studies.Study, overrides: Sequence[str] =
 def main(argv: list[str]) -> None:
     """Sweeps; whatever is wrong with the flags or the recipe is one line."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
+    with one_line():
         run(*parse(argv))
-    except ConfigError as error:
-        leave(error)
 
 
 if __name__ == '__main__':

@@ -78,9 +78,9 @@ def _draw(study: optuna.Study, name: str, folder: pathlib.Path) -> pathlib.Path:
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)  # Optuna's own name for these plots
         plot, title = PICTURES[name]
         axes = plot(study, target_name=OBJECTIVE)
-    figure = axes.figure
+    figure, count = axes.figure, len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
     figure.set_size_inches(10, 5)
-    for place, text in {'center': '', 'left': f'{study.study_name}: {title}'}.items():
+    for place, text in {'center': '', 'left': f'{study.study_name}, {count} trials: {title}'}.items():
         axes.set_title(text, loc=place)
     if name == 'best_so_far':
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no half a trial
@@ -89,6 +89,9 @@ def _draw(study: optuna.Study, name: str, folder: pathlib.Path) -> pathlib.Path:
         fields = sorted({field for trial in study.get_trials(deepcopy=False) for field in trial.params})
         labels = [OBJECTIVE, *(field.rpartition('.')[2] for field in fields)]
         axes.set_xticks(range(len(labels)), labels, rotation=20, ha='right')
+        axes.collections[0].set_cmap('viridis_r')  # Optuna's lightest blue is that of its grid
+        for each in figure.axes:
+            each.grid(False)
     if name == 'importance':
         axes.set(xlabel='share of what sets good trials apart (PED-ANOVA)', ylabel='')
         axes.get_legend().remove()
