@@ -3,7 +3,7 @@
 Nothing here was used to calibrate; the points that were are in calibration.py. Numbers marked unconfirmed are known
 second-hand. This machine's rows come from the stored results of
 
-  python -m experiments.planner --calibrate
+  python -m experiments.planner --calibrate --machine=experiments/planner/results/this_machine.json
   python -m experiments.benchmark pipeline --rounds=6 --image_size=S --micro_batch=M --accumulation=N --json
 
 in `results/`, of which only the former's update in one stage is used to predict the latter's times. Blocks were timed
