@@ -13,7 +13,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from efficientnet.errors import ConfigError, leave
+from efficientnet.errors import ConfigError, leave, one_line, plainly
 from efficientnet.model.costs import block_costs
 from efficientnet.model.scaling import configured_spec
 from efficientnet.parallel.stages import PUBLISHED, Stage, balance, check_splits, parse_splits, stage_table, storage_of
@@ -128,7 +128,7 @@ def main() -> None:
             if config.value is not None:
                 config.value.keys()  # a recipe that could not be loaded says so only when it is used
         except Exception as error:  # ml_collections raises AttributeError, TypeError, ValueError, …
-            leave(error)
+            leave(plainly(error))
         if len(rest) > 1:
             leave(f'unexpected argument {rest[1]!r}; flags start with --')
         if config.value is None:
@@ -136,10 +136,8 @@ def main() -> None:
         return rest
 
     def run(_: list[str]) -> None:
-        try:
+        with one_line():
             print(report(config.value, classes.value))
-        except ConfigError as error:
-            leave(error)
 
     app.run(run, flags_parser=parse)
 

@@ -286,8 +286,9 @@ def _row_of(texts: Mapping[str, str], where: str) -> dict[str, Any]:
             raise ConfigError(f'{where}: {name}={text!r} must be a number') from None
         if name.startswith('test_accuracy') and text and not 0 <= row[name] <= 1:
             raise ConfigError(f'{where}: {name}={text!r} must be from 0 to 1')
-        if isinstance(row[name], int | float) and not (name == 'classes') <= row[name] < math.inf:
-            raise ConfigError(f'{where}: {name}={text!r} must be at least {int(name == "classes")}')
+        least = 1 if name == 'classes' else 0
+        if isinstance(row[name], int | float) and not least <= row[name] < math.inf:
+            raise ConfigError(f'{where}: {name}={text!r} must be a number of at least {least}')
     if row['test_accuracy'] is None and not row['error']:
         raise ConfigError(f'{where}: without an error there must be a test_accuracy')
     return row

@@ -10,7 +10,8 @@ import functools
 import json
 import math
 import pathlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from efficientnet.errors import ConfigError
 from efficientnet.model.scaling import block_names
@@ -119,6 +120,13 @@ class Machine:
         return self.blocks if all(getattr(workload, name) == getattr(self.workload, name) for name in same) else None
 
 
+def check_whole(values: Mapping[str, Any], *names: str) -> None:
+    """Raises ValueError for what a results file has in the place of a whole number that can have been measured."""
+    for name in names:
+        if type(values[name]) is not int or not 1 <= values[name] <= 10_000:
+            raise ValueError(f'{name}={values[name]!r} must be a whole number from 1 to 10,000')
+
+
 def load_machine(path: pathlib.Path) -> Machine:
     """Reads what `measure.calibrate` wrote.
 
@@ -128,16 +136,11 @@ def load_machine(path: pathlib.Path) -> Machine:
     try:
         found = json.loads(path.read_text())
         flags = found['flags']
-        for name in PLAUSIBLE:
-            least, most = PLAUSIBLE[name]
+        for name, (least, most) in PLAUSIBLE.items():
             if isinstance(found[name], bool) or not least <= found[name] <= most:
                 raise ValueError(f'{name}={found[name]!r} must be from {least:g} to {most:g}')
-        for values, name in (
-            (found, 'devices'),
-            *((flags, name) for name in ('image_size', 'micro_batch', 'accumulation')),
-        ):
-            if type(values[name]) is not int or not 1 <= values[name] <= 10_000:
-                raise ValueError(f'{name}={values[name]!r} must be a whole number from 1 to 10,000')
+        check_whole(found, 'devices')
+        check_whole(flags, 'image_size', 'micro_batch', 'accumulation')
         if not isinstance(found['machine'], str):
             raise ValueError(f'machine={found["machine"]!r} must be its name')
         memory = found['memory'] / found['devices']

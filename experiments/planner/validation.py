@@ -25,6 +25,7 @@ from experiments.planner.calibration import (
     NVIDIA_B4,
     REFERENCE,
     Machine,
+    check_whole,
     load_machine,
     plan_on,
     solve,
@@ -214,9 +215,7 @@ def _pipeline_result(path: pathlib.Path) -> dict[str, Any]:
             raise ValueError(f'machine={found["machine"]!r} must be its name')
         if not found['splits'] or flags['stages'] != found['splits'].count(',') + 2:
             raise ValueError(f'splits={found["splits"]!r} must make stages={flags["stages"]}')
-        for name in ('image_size', 'micro_batch', 'accumulation'):
-            if type(flags[name]) is not int or not 1 <= flags[name] <= 10_000:
-                raise ValueError(f'{name}={flags[name]!r} must be a whole number from 1 to 10,000')
+        check_whole(flags, 'image_size', 'micro_batch', 'accumulation')
         if flags['width'] or flags['depth']:
             raise ValueError('width and depth must be 0, which is the model as it is')
         for job in ('one_stage', 'pipeline'):

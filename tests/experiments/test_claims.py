@@ -224,7 +224,7 @@ def test_a_run_whose_outcome_is_damaged_is_done_again(text, tmp_path):
         ('base,1,', 'base,0,', "'base' with seed 0 comes twice"),
         ('base,0,', 'bass,0,', "no claim has a setting='bass'"),
         ('base,0,0.48425', 'base,0,', 'line 2: without an error there must be a test_accuracy'),
-        ('558634,10,', '558634,0,', "classes='0' must be at least 1"),
+        ('558634,10,', '558634,0,', "classes='0' must be a number of at least 1"),
         ('base,0,', 'b\xff', 'is no CSV'),
     ],
 )
