@@ -28,9 +28,18 @@ NO_PADS = ((0, 0), (0, 0))
 # 22 against 53; 32x2x2x192 k5 2.1 against 1.5; 32x1x1x384 k3 0.5 against 0.3.
 SMALL_SIDE = 2
 
-# Most groups that are written out one by one, loop against split: 8x16x16x160 k5 26 against 24; 8x8x8x320 k3 5.0
-# against 4.7; 4x20x20x224 k3 16 against 13. 8x4x4x768 k5, 48 groups, compiles in 0.9 s as a loop, in 3.8 s split.
-FEW_GROUPS = 10
+# Most groups that are written out one by one, in place of a loop. A weight update of B0 G16 (8x128x128), two cores with
+# AVX-512, with 10, 20, 28 and all (48): 157, 147, 145, 148 ms, compiling in 21, 23, 26, 33 s.
+FEW_GROUPS = 20
+
+# Fewest groups in a turn of the loop: XLA shares what is ready between its threads only if that is more than nine
+# operations. Beside a group a turn, the same update takes 147 instead of 167 ms, and compiles in 23 instead of 17 s.
+GROUPS_A_TURN = 10
+
+# XLA gives convolutions with more than 16 channels on either side to a library (YNN) that is faster at 16 as well, but
+# runs small ones on the thread that it is called on. With 4 channels of zeros beside 16, one core with AVX-512, us:
+# 8x8x8 k5 92 against 55, 8x16x16 k5 326 against 171, 8x64x64 k3 1,746 against 1,140 (Eigen with two: 935).
+SPARE_CHANNELS = 4
 
 # Most samples for which the weight gradient has its image padded beforehand, since XLA's convolution is slow to pad
 # one that has the few samples for channels. Inside it against beforehand: 4x80x80x48 k3 36 against 22; 4x20x20x160 k3
@@ -237,26 +246,36 @@ def _conv_by_group(x: Array, kernel: Array, stride: int, groups: int, pads: Pads
 
 def _by_group_forward(
     x: Array, kernel: Array, stride: int, groups: int, pads: Pads, loop: bool
-) -> tuple[Array, tuple[Parts, Parts]]:
-    parts = _cut(x, groups, loop), _cut(kernel, groups, loop)
-    return _join(_each(partial(_conv, stride=stride, pads=pads), loop, *parts), loop), parts
+) -> tuple[Array, tuple[Parts, Array]]:
+    spare = _spare_channels(kernel.shape[2], kernel.shape[3] // groups, groups)
+    x = lax.optimization_barrier(_widened(_cut(x, groups, loop), -1, spare))
+    kernels = _widened(_cut(kernel, groups, loop), -2, spare)
+    conv = partial(_conv, stride=stride, pads=pads, dilation=1)
+    return _join(_each(conv, loop, x, kernels), loop), (x, kernel)
 
 
 def _by_group_backward(
-    stride: int, groups: int, pads: Pads, loop: bool, saved: tuple[Parts, Parts], dy: Array
+    stride: int, groups: int, pads: Pads, loop: bool, saved: tuple[Parts, Array], dy: Array
 ) -> tuple[Array, Array]:
-    def pull(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
-        return _image_gradient(dy, kernel, stride, pads, x.shape), _kernel_gradient(x, dy, stride, pads, kernel.shape)
+    x, kernel = saved
+    inputs, outputs = kernel.shape[2], kernel.shape[3] // groups
+    spare = _spare_channels(outputs, inputs * stride * stride, groups)
 
-    found = _each(pull, loop, *saved, _cut(dy, groups, loop))
+    def pull(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+        dx = _image_gradient(dy, kernel, stride, pads, (*x.shape[:3], inputs))
+        return dx, _kernel_gradient(x[..., :inputs], dy[..., :outputs], stride, pads, kernel.shape)
+
+    dy = lax.optimization_barrier(_widened(_cut(dy, groups, loop), -1, spare))
+    found = _each(pull, loop, x, _cut(kernel, groups, loop), dy)
     dx, dkernel = found if loop else zip(*found, strict=True)
-    return _join(dx, loop), _join(dkernel, loop)
+    return _join(dx, loop), _join(dkernel, loop).transpose(1, 2, 0, 3)
 
 
 _conv_by_group.defvjp(_by_group_forward, _by_group_backward)
 
 
-def _conv(x: Array, kernel: Array, stride: int, pads: Pads, dilation: int = 1) -> Array:
+@partial(jax.jit, static_argnames=('stride', 'pads', 'dilation'))  # traced once a shape, as the gradients are
+def _conv(x: Array, kernel: Array, stride: int, pads: Pads, dilation: int) -> Array:
     """Convolution without groups, x [N, H, W, C], kernel [k, k, C, O] with its taps `dilation` apart.
 
     XLA's fast convolution takes no kernel that is larger than the image: that one is padded before.
@@ -268,8 +287,9 @@ def _conv(x: Array, kernel: Array, stride: int, pads: Pads, dilation: int = 1) -
     )
 
 
+@partial(jax.jit, static_argnames=('stride', 'pads', 'shape'))
 def _image_gradient(dy: Array, kernel: Array, stride: int, pads: Pads, shape: tuple[int, ...]) -> Array:
-    """Pulls dy [N, H', W', O] back to the image of a shape [N, H, W, C].
+    """Pulls dy [N, H', W', O], or with spare channels, back to the image of a shape [N, H, W, C].
 
     Pixel s·a + p of the padded image meets only taps p, p + s, p + 2·s, … of the kernel. Each of the s phases p, in
     both directions, is therefore a convolution of dy with a part of the kernel, and together they are one, with s·s
@@ -285,7 +305,7 @@ def _image_gradient(dy: Array, kernel: Array, stride: int, pads: Pads, shape: tu
         (turned.shape[axis] - 1 - before // stride, (shape[axis + 1] + before - 1) // stride + 1 - dy.shape[axis + 1])
         for axis, (before, _) in enumerate(pads)
     )
-    dx = _conv(dy, turned, 1, around)
+    dx = _conv(dy, _widened(turned, -2, dy.shape[3] - outputs), 1, around, 1)
     n, height, width, _ = dx.shape
     dx = dx.reshape(n, height, width, stride, stride, inputs).transpose(0, 1, 3, 2, 4, 5)
     dx = dx.reshape(n, height * stride, width * stride, inputs)
@@ -293,8 +313,13 @@ def _image_gradient(dy: Array, kernel: Array, stride: int, pads: Pads, shape: tu
     return dx[:, top : top + shape[1], left : left + shape[2]]
 
 
+@partial(jax.jit, static_argnames=('stride', 'pads', 'shape'))
 def _kernel_gradient(x: Array, dy: Array, stride: int, pads: Pads, shape: tuple[int, ...]) -> Array:
-    """Pulls dy back to the kernel of a shape: the image convolved with dy, with channels in the place of samples."""
+    """Pulls dy back to the kernel of a shape [k, k, C, O]: x convolved with dy, channels in the place of samples.
+
+    Returns:
+        [C, k, k, O].
+    """
     reach = tuple(
         (before, shape[axis] + (dy.shape[axis + 1] - 1) * stride - x.shape[axis + 1] - before)
         for axis, (before, _) in enumerate(pads)
@@ -302,8 +327,7 @@ def _kernel_gradient(x: Array, dy: Array, stride: int, pads: Pads, shape: tuple[
     turned = x.transpose(3, 1, 2, 0)
     if x.shape[0] <= FEW_SAMPLES:
         turned, reach = _padded(turned, reach), NO_PADS
-    dkernel = _conv(turned, dy.transpose(1, 2, 0, 3), 1, reach, stride)
-    return dkernel.transpose(1, 2, 0, 3)
+    return _conv(turned, dy.transpose(1, 2, 0, 3), 1, reach, stride)
 
 
 def _padded(x: Array, pads: Pads) -> Array:
@@ -314,16 +338,37 @@ def _padded(x: Array, pads: Pads) -> Array:
 
 
 def _each(function: Callable, loop: bool, *parts: Parts) -> Any:
-    """Applies a function to one group's parts after the other."""
-    if loop:
-        return lax.map(lambda group: function(*group), parts)
-    return [function(*group) for group in zip(*parts, strict=True)]
+    """Applies a function to the parts of each group: a list of what it returns, for a loop one array of each."""
+    if not loop:
+        return [function(*group) for group in zip(*parts, strict=True)]
+    groups = len(parts[0])
+    at_once = next((n for n in range(GROUPS_A_TURN, 3 * GROUPS_A_TURN) if groups % n == 0), 1)
+
+    def turn(given: list[Array]) -> list:
+        return [function(*(lax.index_in_dim(part, i, keepdims=False) for part in given)) for i in range(at_once)]
+
+    turns = lax.map(turn, [part.reshape(-1, at_once, *part.shape[1:]) for part in parts])
+    # Put together here and not in every turn, which would copy them once more.
+    return jax.tree.map(lambda *each: jnp.stack(each, 1).reshape(groups, *each[0].shape[1:]), *turns)
 
 
 def _cut(x: Array, groups: int, loop: bool) -> Parts:
     """[…, C] -> a list of […, C/groups], or for a loop [groups, …, C/groups]."""
-    parts = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, -1), -2, 0) if loop else jnp.split(x, groups, axis=-1)
-    return lax.optimization_barrier(parts)
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], groups, -1), -2, 0) if loop else jnp.split(x, groups, axis=-1)
+
+
+def _spare_channels(inputs: int, outputs: int, groups: int) -> int:
+    """Channels of zeros to add to the inputs of each group's convolution, of which there are many or it gains none."""
+    return SPARE_CHANNELS if inputs == 16 and outputs <= 16 and groups >= GROUPS_A_TURN else 0
+
+
+def _widened(parts: Parts, axis: int, spare: int) -> Parts:
+    """Lengthens parts by zeros along an axis, counted from the last."""
+    if not spare:
+        return parts
+    return jax.tree.map(
+        lambda part: jnp.pad(part, [(0, 0)] * (part.ndim + axis) + [(0, spare)] + [(0, 0)] * (-1 - axis)), parts
+    )
 
 
 def _join(parts: Parts, loop: bool) -> Array:

@@ -16,6 +16,7 @@ from jax import Array
 from efficientnet.errors import ConfigError
 from efficientnet.model.convolution import METHODS, Padding, grouped_conv
 from efficientnet.model.normalization import BatchNorm, GroupNorm, Layout, ProxyNormSwish, Shift
+from efficientnet.model.pixel_sums import pixel_sum
 from efficientnet.model.scaling import BlockSpec, ModelSpec, block_names
 from efficientnet.numerics.random_keys import layer_keys
 
@@ -170,7 +171,7 @@ class MBConv(Layers, kw_only=True):
     def _gate(self, x: Array) -> Array:
         """Squeeze-and-excite: sigmoid(W2 act(W1 mean(x) + b1) + b2), [N, C]."""
         options = {'dtype': x.dtype, 'param_dtype': jnp.float32, 'kernel_init': DENSE_INIT}
-        pooled = x.astype(jnp.float32).mean((1, 2)).astype(x.dtype)
+        pooled = (pixel_sum(x) / (x.shape[1] * x.shape[2])).astype(x.dtype)
         hidden = self.activate(nn.Dense(self.spec.se_channels, name='se_reduce', **options)(pooled))
         gate = nn.sigmoid(nn.Dense(self.spec.mid_channels, name='se_expand', **options)(hidden))
         return jax.lax.optimization_barrier(gate)  # or it would be computed anew in every pixel
@@ -189,7 +190,7 @@ class Head(Layers, kw_only=True):
         x = Conv(self.features, name='conv')(x)
         # Proxy norm's division is dropped here: it would only rescale what the classifier weighs anyway.
         x, _ = self.normalize_swish_deferred('norm', x, train)
-        x = x.astype(jnp.float32).mean((1, 2))
+        x = pixel_sum(x) / (x.shape[1] * x.shape[2])
         if train and self.dropout > 0:
             x = sample_dropout(x, self.dropout, layer_keys(sample_keys, 'head'))
         init = nn.initializers.glorot_uniform()

@@ -21,6 +21,7 @@ from jax import Array
 from jax.scipy.special import ndtri
 
 from efficientnet.errors import ConfigError
+from efficientnet.model.pixel_sums import pixel_sum
 
 Layout = Literal['strided', 'contiguous']
 PROXY_QUANTILES = 200
@@ -130,8 +131,10 @@ def _norm_swish_backward(
         z = x32 * factor[:, None, None, :] + shift[:, None, None, :]
         gate = nn.sigmoid(z)
         dz = dz * gate * (1 + z * (1 - gate))
-    sum_dz = dz.sum((1, 2))
-    sum_dz_u = (dz * (x32 - mean[:, None, None, :])).sum((1, 2)) * r
+    if jax.default_backend() == 'cpu':
+        dz = jax.lax.optimization_barrier(dz)  # or each of the three loops that read it would compute it anew
+    sum_dz = pixel_sum(dz)
+    sum_dz_u = pixel_sum(dz * (x32 - mean[:, None, None, :])) * r
     common = pool(scale[None] * sum_dz / pixels)
     slope = pool(scale[None] * sum_dz_u / pixels)
     # The same as above, ordered as one multiply-add for dz and one for x.
@@ -145,8 +148,9 @@ norm_swish.defvjp(_norm_swish_forward, _norm_swish_backward)
 
 def _moments(x: Array, pool: GroupPool | BatchPool) -> tuple[Array, Array]:
     """Mean and biased variance of x [N, H, W, C] in fp32; [N or 1, C], equal where statistics are shared."""
-    (mean,) = _vectors(pool(x.mean((1, 2))))
-    return mean, pool(jnp.square(x - mean[:, None, None, :]).mean((1, 2)))
+    pixels = x.shape[1] * x.shape[2]
+    (mean,) = _vectors(pool(pixel_sum(x) / pixels))
+    return mean, pool(pixel_sum(jnp.square(x - mean[:, None, None, :])) / pixels)
 
 
 def _vectors(*values: Array) -> tuple[Array, ...]:

@@ -24,6 +24,11 @@ SHAPES = [
     (4, 3, 1, 5, 7, 1),
     (5, 4, 1, 2, 2, 3),
     (4, 6, 3, 3, 8, 1),
+    (5, 4, 3, 16, 16, 10),  # spare channels
+    (3, 4, 5, 16, 16, 22),  # and two turns of a loop
+    (3, 3, 3, 16, 8, 12),
+    (3, 3, 3, 8, 16, 12),
+    (3, 3, 3, 1, 2, 31),  # no number of groups a turn
 ]
 
 
@@ -208,6 +213,18 @@ def test_strided_gradients_multiply_no_zeros(method):
     program = jax.jit(jax.grad(lambda *given: conv(*given).sum(), (0, 1))).lower(x, kernel).as_text()
     assert program.count('stablehlo.convolution') >= 2
     assert 'lhs_dilate = [2, 2]' not in program
+
+
+@pytest.mark.parametrize('groups', [convolution.GROUPS_A_TURN, 22])
+@pytest.mark.parametrize('method', ['split', 'loop'])
+def test_many_groups_are_computed_so_that_threads_can_share_them(groups, method):
+    x, kernel = jnp.zeros((2, 8, 8, 16 * groups)), jnp.zeros((3, 3, 16, 16 * groups))
+    conv = functools.partial(grouped_conv, groups=groups, method=method)
+    text = jax.jit(conv).lower(x, kernel).compile().as_text()
+    # The library that computes narrow convolutions on one thread, but as many as are ready at a time.
+    bodies = [body for body in text.split('\n\n') if body.count('kind":"__ynn_fusion"') > 1]
+    at_once = 11 if method == 'loop' and groups == 22 else groups
+    assert [body.count('kind":"__ynn_fusion"') for body in bodies] == [at_once]
 
 
 @pytest.mark.parametrize('samples', [convolution.FEW_SAMPLES, convolution.FEW_SAMPLES + 1])
