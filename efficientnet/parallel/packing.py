@@ -2,7 +2,7 @@
 
 Between updates weights, optimizer state and averages live packed: the optimizer, the rounding, the finite check
 and the reduction are then a handful of operations over one array each, however many arrays the model has, which
-is what keeps programs small enough to compile in seconds. Only the model itself sees the tree.
+is what keeps programs small. Only the model itself sees the tree.
 
 Every array starts a row of its own, so that a row has one owner; the rest of its last row is zero, its gradients
 are zero, and nothing reads it. A pipeline stage packs its own blocks' arrays; all stages have as many rows as the
