@@ -53,10 +53,12 @@ def randomised(network, size, seed=0):
             else:
                 values = 0.6 * draw(tensor.shape) - 0.3
             tensor.copy_(values)
+        network.eval()  # or the statistics would be those of branches dropped at random
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
-        run(network.train(), size)
+                module.train()
+        run(network, size)
     return network.eval()
 
 
