@@ -29,11 +29,12 @@ NO_PADS = ((0, 0), (0, 0))
 SMALL_SIDE = 2
 
 # Most groups that are written out one by one, in place of a loop. A weight update of B0 G16 (8x128x128), two cores with
-# AVX-512, with 10, 20, 28 and all (48): 157, 147, 145, 148 ms, compiling in 21, 23, 26, 33 s.
+# AVX-512, with 20, 28 and all (48): 148, 145, 148 ms, compiling in 23, 26, 33 s; with 10, while sums over pixels were
+# still plain, 166 ms where it took 156 with 20.
 FEW_GROUPS = 20
 
 # Fewest groups in a turn of the loop: XLA shares what is ready between its threads only if that is more than nine
-# operations. Beside a group a turn, the same update takes 147 instead of 167 ms, and compiles in 23 instead of 17 s.
+# operations. The same update with one, four and ten or more, 10 groups written out, sums plain: 181, 168, 166 ms.
 GROUPS_A_TURN = 10
 
 # XLA gives convolutions with more than 16 channels on either side to a library (YNN) that is faster at 16 as well, but
