@@ -23,11 +23,17 @@ import pytest
 jax.config.update('jax_num_cpu_devices', int(os.environ.get('TEST_DEVICES', '8')))
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+CACHED_FROM = 0.1  # seconds of compiling
 
 # Every compiled program takes memory mappings, of which Linux lets a process have 65,530; without any left it crashes.
 MAPPINGS = pathlib.Path('/proc/self/maps')
 MANY = 20_000
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_cached():
+    """Whatever a test before has traced: programs that call oneDNN end the writing for their own process."""
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', CACHED_FROM)
 
 
 @pytest.fixture(autouse=True)

@@ -69,7 +69,8 @@ class Layers(nn.Module):
         norm_axis: of 'batch', mapped axis over which statistics are taken together; None = each device its own.
         epsilon: added to the variance.
         padding: 'same' (TensorFlow) or 'symmetric' (PyTorch).
-        conv_method: formulation of the blocks' spatial convolution, a key of `convolution.METHODS` or 'auto'.
+        conv_method: formulation of the blocks' spatial convolution, a key of `convolution.METHODS` or 'auto'; 'onednn'
+            is the stem's as well.
         dtype: compute dtype of activations. Statistics, pools and the classifier are fp32.
         frozen_norms: of 'batch', names such as 'block1a/expand_norm': they work as in evaluation in training too.
     """
@@ -124,7 +125,8 @@ class Stem(Layers, kw_only=True):
     @nn.compact
     def __call__(self, x: Array, *, train: bool, sample_keys: Array | None) -> Array:
         """Maps images [N, H, W, 3] to [N, H', W', features]."""
-        x = Conv(self.features, 3, self.stride, padding=self.padding, name='conv')(x)
+        method = 'onednn' if self.conv_method == 'onednn' else 'auto'
+        x = Conv(self.features, 3, self.stride, padding=self.padding, method=method, name='conv')(x)
         return self.normalize_swish('norm', x, train)
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficientnet.model.pixel_sums import pixel_sum
 from efficientnet.parallel.layout import AXIS
 
 Tree = Any
@@ -196,6 +197,11 @@ class StagedPacking:
 def own_stage(stages: int) -> jax.Array:
     """Returns the stage of the device that runs this, int32 []; inside a function over the grid."""
     return jax.lax.axis_index(AXIS) % stages
+
+
+def row_sums_of_squares(rows: jax.Array) -> jax.Array:
+    """Adds up the squares of each row, fp32 [rows, ROW] -> [rows]."""
+    return pixel_sum(jnp.square(rows)[:, None, :, None])[:, 0]
 
 
 class Packings(NamedTuple):

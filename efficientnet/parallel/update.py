@@ -21,7 +21,7 @@ from efficientnet.numerics.loss_scale import all_finite
 from efficientnet.numerics.stochastic_rounding import apply_updates
 from efficientnet.parallel.accumulation import Batch, make_accumulate
 from efficientnet.parallel.layout import AXIS, Layout
-from efficientnet.parallel.packing import Packings
+from efficientnet.parallel.packing import Packings, row_sums_of_squares
 from efficientnet.parallel.train_state import TrainState, UpdateRule
 
 Tree = Any
@@ -107,7 +107,7 @@ def make_update(
 
 def _sum_of_squares(rows: jax.Array) -> jax.Array:
     """Adds up squares, fp32 []: row by row first, as LARS does for its norms, so that the compiler does it once."""
-    return jnp.sum(jnp.square(rows), axis=1).sum()
+    return row_sums_of_squares(rows).sum()
 
 
 def _sum_over(vector: jax.Array, groups: list[list[int]]) -> jax.Array:

@@ -142,10 +142,9 @@ def show(result: Mapping[str, Any]) -> str:
     if result['ratio'] is not None:
         low, high = result['ratio_range']
         lines.append(f'ours ÷ {args["against"]}: {result["ratio"]:.3f} (rounds {low:.3f} to {high:.3f})')
-    lines.append(
-        f'ours compiles in {result["cached_compile_seconds"]:.1f} s from the cache and moves '
-        f'{result["bandwidth_share"]:.0%} of what copies do in its time'
-    )
+    cached = result['cached_compile_seconds']
+    again = 'anew in every process' if cached is None else f'in {cached:.1f} s from the cache'
+    lines.append(f'ours compiles {again} and moves {result["bandwidth_share"]:.0%} of what copies do in its time')
     if result['layers']:
         lines += ['', table(_layer_rows(result['layers']))]
     return '\n'.join(lines)

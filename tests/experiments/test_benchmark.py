@@ -133,6 +133,10 @@ def test_train_step_summary_and_text():
     layers = [{'layer': 'one', 'ours': 0.001, 'timm': 0.002}]
     text = train_step.show(json.loads(json.dumps(found | {'layers': layers})))
     assert 'ours ÷ timm: 1.000 (rounds 0.500 to 3.000)' in text
+    assert 'ours compiles in 1.0 s from the cache and moves 50%' in text
+    assert 'ours compiles anew in every process and moves 50%' in train_step.show(
+        found | {'layers': [], 'cached_compile_seconds': None}
+    )
     assert ['one', '1.000', '2.000', '2.00'] in [line.split() for line in text.splitlines()]
     evaluated = train_step.summary(args | {'mode': 'evaluate'}, {'ours': ours}, {'ours': [1.0]}, {'ours': 1})
     assert evaluated['ratio'] is None
