@@ -158,16 +158,21 @@ def make_accumulate(
 
 
 def _run_loop(stages: list[Stage], packings: Packings, rows: Tree, micros: Micro, scale: jax.Array) -> Tree:
-    """The one stage there is, one micro-batch after the other."""
+    """The one stage there is, one micro-batch after the other; packs the sums at the end."""
     variables = packings.unpack_stage(0, rows)
 
     def step(sums: Tree, micro: Micro) -> tuple[Tree, None]:
         loss, pull, found = stages[0].vjp(variables, None, micro, scale)
         (found['grads'],) = pull(jnp.ones_like(loss))
-        return _add(packings, 0, sums, found), None
+        return jax.tree.map(lambda total, more: total + more.astype(total.dtype), sums, found), None
 
-    sums, _ = jax.lax.scan(step, _no_sums(packings), micros)
-    return sums
+    trained = freezing.leave_out(variables['params'], stages[0].rule.frozen)
+    plain = {'grads': trained, 'batch_stats': variables['batch_stats'], 'metrics': _no_sums(packings)['metrics']}
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), plain)
+    sums, _ = jax.lax.scan(step, none, micros)
+    packed = {'grads': packings.params.parts[0].pack(sums['grads'], jnp.float32)}
+    packed['batch_stats'] = packings.batch_stats.parts[0].pack(sums['batch_stats'], jnp.float32)
+    return sums | packed
 
 
 def _run_pipeline(

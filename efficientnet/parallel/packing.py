@@ -69,12 +69,15 @@ class Packing:
         return self.structure.unflatten([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in self.shapes])
 
     def pack(self, tree: Tree, dtype: jax.typing.DTypeLike) -> jax.Array | np.ndarray:
-        """Lays the arrays of a tree of this structure out in rows, [rows, ROW] in `dtype`; of numpy, in numpy."""
+        """Lays the arrays of a tree of this structure out in rows, [rows, ROW] in `dtype`; of numpy, in numpy.
+
+        Where there is None instead of an array, rows are zero.
+        """
         leaves = self.structure.flatten_up_to(tree)
         xp = np if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp
         rows = [xp.zeros((0, ROW), dtype)]
         for leaf, count in zip(leaves, self.counts, strict=True):
-            flat = leaf.ravel().astype(dtype)
+            flat = xp.zeros(0, dtype) if leaf is None else leaf.ravel().astype(dtype)
             rows.append(xp.pad(flat, (0, count * ROW - flat.size)).reshape(count, ROW))
         return xp.concatenate(rows)
 
