@@ -167,12 +167,13 @@ def _run_loop(stages: list[Stage], packings: Packings, rows: Tree, micros: Micro
         return jax.tree.map(lambda total, more: total + more.astype(total.dtype), sums, found), None
 
     trained = freezing.leave_out(variables['params'], stages[0].rule.frozen)
-    plain = {'grads': trained, 'batch_stats': variables['batch_stats'], 'metrics': _no_sums(packings)['metrics']}
-    none = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), plain)
-    sums, _ = jax.lax.scan(step, none, micros)
-    packed = {'grads': packings.params.parts[0].pack(sums['grads'], jnp.float32)}
-    packed['batch_stats'] = packings.batch_stats.parts[0].pack(sums['batch_stats'], jnp.float32)
-    return sums | packed
+    plain = {'grads': trained, 'batch_stats': variables['batch_stats']}
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), plain)
+    sums, _ = jax.lax.scan(step, _no_sums(packings) | zeros, micros)
+    return sums | {
+        'grads': packings.params.parts[0].pack(sums['grads'], jnp.float32),
+        'batch_stats': packings.batch_stats.parts[0].pack(sums['batch_stats'], jnp.float32),
+    }
 
 
 def _run_pipeline(

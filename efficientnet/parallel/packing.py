@@ -84,7 +84,7 @@ class Packing:
     def add(self, rows: jax.Array, tree: Tree) -> jax.Array:
         """Returns packed rows, these or more, with the arrays of a tree of this structure added; None adds nothing.
 
-        Each is added where it lies. To pack them first would take memory and time for all of them once more.
+        Each is added where it lies: to pack them first, in every tick of a pipeline, would copy all of them once more.
         """
         start = 0
         for leaf, count in zip(self.structure.flatten_up_to(tree), self.counts, strict=True):

@@ -6,6 +6,7 @@ from PIL import Image
 
 from efficientnet.errors import ConfigError
 from efficientnet.loop.assemble import assemble
+from efficientnet.model import onednn
 from input_pipeline import DataError
 from tests.tiny import tiny_config, tiny_parts
 
@@ -128,6 +129,13 @@ def test_every_optimizer_and_schedule_goes_with_every_norm(norm):
     state = parts.state_shapes()
     assert jax.tree.structure(state) == jax.tree.structure(parts.init_state())
     assert (state.batch_stats.size > 0) == (norm == 'batch')
+
+
+@pytest.mark.parametrize(('size', 'method'), [(32, 'auto'), (40, 'onednn')])
+def test_convolutions_of_large_images_are_onednns(size, method, monkeypatch):
+    monkeypatch.setattr(onednn, 'available', lambda: True)
+    assert tiny_parts(image_size=size).model.conv_method == method
+    assert tiny_parts(image_size=size, model__conv_method='loop').model.conv_method == 'loop'
 
 
 def test_seeds_differ_and_repeat():

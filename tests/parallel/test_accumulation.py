@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from efficientnet.loop.programs import compile_update
+from efficientnet.model import onednn
 from efficientnet.numerics import random_keys
 from efficientnet.parallel.layout import RECOMPUTE
 from efficientnet.parallel.pipeline import SCHEDULES
@@ -115,6 +116,10 @@ def test_16_bits_kept_between_forward_and_backward():
     'changes',
     [
         {'model__norm': 'batch'},
+        pytest.param(
+            {'model__conv_method': 'onednn'},
+            marks=pytest.mark.skipif(not onednn.available(), reason='needs oneDNN in XLA'),
+        ),
         pytest.param({'model__norm': 'layer_proxy'}, marks=pytest.mark.slow),
         pytest.param({'optimizer__name': 'rmsprop', 'optimizer__epsilon': 1e-3}, marks=pytest.mark.slow),
     ],
