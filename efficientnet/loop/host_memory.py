@@ -12,6 +12,8 @@ import platform
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # options of mallopt(3), from malloc.h
 LARGE = 2**31 - 1
+ALIGNMENT, SLACK = 64, 2**16  # bytes; of what XLA asks for, and more than it asks for
+FILLER, MOST_FILLERS = 2**20, 1000  # bytes; smaller ones would fill gaps in pages that were given back
 
 
 def computes_on_cpu() -> bool:
@@ -41,7 +43,31 @@ def keep_freed_memory() -> None:
     jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
-def give_back_freed_memory() -> None:
-    """Returns what is free to the kernel; for after compiling, whose threads leave gigabytes in arenas of their own."""
-    if platform.libc_ver()[0] == 'glibc':
-        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+def give_back_freed_memory(room: int = 0) -> None:
+    """Returns what is free to the kernel; for after compiling, whose threads leave gigabytes in arenas of their own.
+
+    Args:
+        room: Bytes that this thread's programs will ask for in one block, again and again. glibc asks itself for some
+            more, to align the block, and hands these back at once; if a small request gets them meanwhile, the block
+            is too short the next time, and a second one is taken beside it, which doubled every other run. A block
+            that is longer, and not at the end of the heap, makes that rare.
+    """
+    if platform.libc_ver()[0] != 'glibc':
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(ctypes.c_size_t(0))
+    if not 0 < room < LARGE:
+        return
+    for request in (libc.malloc, libc.memalign):
+        request.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    block = libc.memalign(ctypes.c_size_t(ALIGNMENT), ctypes.c_size_t(room + SLACK))
+    fillers = []
+    # Were the block to join the free end of the heap, small requests would come to lie behind what is cut from it. The
+    # last filler, of which nothing is touched, keeps it from that and stays.
+    while block and len(fillers) < MOST_FILLERS:
+        fillers.append(libc.malloc(ctypes.c_size_t(FILLER)))
+        if not fillers[-1] or fillers[-1] > block:
+            break
+    for pointer in (block, *fillers[:-1]):
+        libc.free(pointer)

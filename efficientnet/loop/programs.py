@@ -1,7 +1,7 @@
 """The compiled programs of a run, all known from shapes alone and therefore compiled side by side."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -55,7 +55,8 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree |
     with ThreadPoolExecutor() as pool:
         running = {name: pool.submit(job) for name, job in jobs.items()}
         done = {name: job.result() for name, job in running.items()}
-    give_back_freed_memory()
+    compiled = [program for name, program in done.items() if name != 'initial']
+    give_back_freed_memory(room=largest_temporaries(parts, compiled))
     return Programs(
         evaluate=done['evaluate'],
         gather=lambda variables: done[variables['params'].dtype](variables),
@@ -63,6 +64,17 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree |
         epoch_average=done.get('epoch_average'),
         initial=done.get('initial'),
     )
+
+
+def largest_temporaries(parts: Parts, programs: Iterable[jax.stages.Compiled]) -> int:
+    """Returns the most bytes that one of these takes from malloc for its temporaries, in the thread that calls it.
+
+    None do on an accelerator, and for several devices other threads do.
+    """
+    (first, *others) = parts.grid.local_devices
+    if first.platform != 'cpu' or others:
+        return 0
+    return max(program.memory_analysis().temp_size_in_bytes for program in programs)
 
 
 def compile_update(parts: Parts) -> Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Tree]]:

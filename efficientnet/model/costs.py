@@ -115,11 +115,7 @@ def _mbconv(block: BlockSpec, before: int, after: int, norm: str) -> list[_Layer
     if mid != block.in_channels:
         expand = [_conv(block.in_channels, mid, before, before), *_norm_swish(mid, before, norm, divided=True)]
     if block.se_channels:
-        gate = [
-            _dense(mid, block.se_channels),
-            _dense(block.se_channels, mid),
-            _Layer(0, kept=mid * after),  # of the gate
-        ]
+        gate = [_dense(mid, block.se_channels), _dense(block.se_channels, mid)]
     return [
         *expand,
         _conv(mid, mid, before, after, kernel=block.kernel, groups=block.groups),

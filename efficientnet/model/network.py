@@ -158,7 +158,9 @@ class MBConv(Layers, kw_only=True):
             # Proxy norm's division of every element becomes a division of the gate; the gate itself looks
             # at the undivided activation, as in the reference.
             gate = factor.astype(x.dtype)[None] * (1 if gate is None else gate)
-        x = Conv(spec.out_channels, name='project')(x if gate is None else x * gate[:, None, None, :])
+        # What goes into the projection is cheaper to multiply again than to keep.
+        project = nn.remat(_project) if train else _project
+        x = project(Conv(spec.out_channels, name='project'), x, gate)
         if self.norm == 'layer_proxy':
             # No activation follows, hence no proxy norm; without a shift the channels cannot drift apart.
             x = GroupNorm(1, epsilon=self.epsilon, use_bias=False, name='project_norm')(x)
@@ -277,6 +279,10 @@ class EfficientNet(Layers, kw_only=True):
             return Head(name=name, **options, **common)
         (block,) = (block for block in spec.blocks if block.name == name)
         return MBConv(spec=block, name=name, **common)
+
+
+def _project(conv: nn.Module, x: Array, gate: Array | None) -> Array:
+    return conv(x if gate is None else x * gate[:, None, None, :])
 
 
 def _run_block(block: nn.Module, x: Array, sample_keys: Array | None, train: bool) -> Array:

@@ -126,6 +126,9 @@ def _norm_swish_backward(
     """
     x, mean, r, factor, shift, scale = kept
     pixels = x.shape[1] * x.shape[2]
+    # Where dy is not yet there, x is not to be had either: what is computed from it, such as the sigmoid, would
+    # otherwise be taken from the forward, and kept in between, as large as x.
+    x, _ = jax.lax.optimization_barrier((x, cotangents[0][:1, :1, :1, :1]))
     x32, dz = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
     if swish:
         z = x32 * factor[:, None, None, :] + shift[:, None, None, :]

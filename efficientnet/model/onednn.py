@@ -52,7 +52,7 @@ def _forward(x: Array, kernel: Array, stride: int, groups: int, pads: Pads) -> t
 
 def _backward(stride: int, groups: int, pads: Pads, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    dy = lax.optimization_barrier(dy)
+    x, dy = lax.optimization_barrier((x, dy))  # as the transposition of x would be made in the forward, and kept
 
     def convolve(dy: Array, kernel: Array, pads: Pads) -> Array:
         return _convolve(dy, kernel, 'HWIO', groups, pads)

@@ -68,12 +68,16 @@ class Grid:
         return self._place([np.full(1, value, np.float32)] * len(self.local_devices))
 
     def place(self, tree: Any) -> Any:
-        """Puts every stage's entry of [stages, …] on the devices of that stage, in all replicas."""
+        """Puts every stage's entry of [stages, …] on the devices of that stage, in all replicas.
+
+        The devices have copies of their own, even a CPU, which would share numpy's memory where that is aligned: that
+        cannot be donated, and the first update would make all of the state a second time.
+        """
         stages = self.layout.stages
 
         def place(leaf: Any) -> jax.Array:
             rows = np.asarray(leaf)
-            return self._place([rows[i % stages][None] for i in range(len(self.local_devices))])
+            return self._place([rows[i % stages][None] for i in range(len(self.local_devices))], own=True)
 
         return jax.tree.map(place, tree)
 
@@ -130,9 +134,11 @@ class Grid:
         finally:
             thread.shutdown(cancel_futures=True)  # once the batch in hand is taken
 
-    def _place(self, rows: list[np.ndarray]) -> jax.Array:
+    def _place(self, rows: list[np.ndarray], own: bool = False) -> jax.Array:
         shape = (len(self.devices), *rows[0].shape[1:])
         shards = [jax.device_put(row, device) for row, device in zip(rows, self.local_devices, strict=True)]
+        if own:  # of numpy's arrays `device_put` makes no copy, whatever it is told
+            shards = [jax.device_put(shard, shard.device, may_alias=False) for shard in shards]
         return jax.make_array_from_single_device_arrays(shape, self._sharding, shards)
 
 

@@ -75,7 +75,8 @@ def make_update(
         own = sums['metrics'] | squares | {'unfinished': (~own_finite).astype(jnp.float32)}
         vector, unravel = ravel_pytree(own)
         said = unravel(_sum_over(vector, layout.replica_groups))
-        finite = said.pop('unfinished') == 0
+        # New weights come after all that reads the old ones, whose memory they take; it would be copied otherwise.
+        finite, said = jax.lax.optimization_barrier((said.pop('unfinished') == 0, said))
         params = hold(apply_updates(state.params, updates), state.params, packings.params)
         batch_stats = rule.batch_norm_decay * state.batch_stats + (1.0 - rule.batch_norm_decay) * stats
         batch_stats = hold(batch_stats, state.batch_stats, packings.batch_stats)

@@ -80,7 +80,7 @@ def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, 
 
     from efficientnet.loop.assemble import assemble
     from efficientnet.loop.host_memory import give_back_freed_memory
-    from efficientnet.loop.programs import compile_evaluate, compile_gather, compile_update
+    from efficientnet.loop.programs import compile_evaluate, compile_gather, compile_update, largest_temporaries
     from efficientnet.numerics.precision import policy
     from input_pipeline.sources import ArraySource
 
@@ -89,6 +89,7 @@ def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, 
     imported = _resident()
     config = make_config(args, recompute=args['recompute'])
     config.model.norm, config.model.conv_method = args['norm'], method
+    config.averaging.epoch_decay = 0.0  # timm has none
     config.optimizer.name, config.evaluation.batch = args['optimizer'], args['micro_batch']
     # Batches are noise: neither scikit-learn nor TensorFlow is needed, or counted in the memory.
     nothing = ArraySource('nothing', tuple('0123456789'), np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int32))
@@ -124,7 +125,7 @@ def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, 
         jobs |= {'reset': _reset_peak, 'peak': lambda: _resident('VmHWM') - imported}
     else:
         jobs |= {'reset': lambda: None, 'peak': lambda: device.memory_stats()['peak_bytes_in_use']}
-    give_back_freed_memory()
+    give_back_freed_memory(room=largest_temporaries(parts, [program]))
     costs = block_costs(spec, args['image_size'], norm=args['norm'])
     return jobs, {
         'parameters': sum(block.parameters for block in costs),

@@ -63,6 +63,21 @@ kept = resident()
 give_back_freed_memory()
 print(kept - before, kept - resident())
 """
+ROOM = """
+import ctypes
+from efficientnet.loop.host_memory import give_back_freed_memory, keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+for function in (libc.memalign, libc.malloc, libc.sbrk):
+    function.restype = ctypes.c_void_p
+def resident():
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmRSS'))
+before = resident()
+give_back_freed_memory(room=2**26)
+made, end = resident() - before, libc.sbrk(0)
+block = libc.memalign(64, 2**26)
+print(made, libc.sbrk(0) - end, block % 64, end - block)
+"""
 on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='mallopt is of glibc')
 
 
@@ -93,6 +108,15 @@ def test_what_threads_left_is_given_back():
     kept, given_back = map(int, done.stdout.split())
     assert kept > 25_000  # KiB of 29,297
     assert given_back > 25_000
+
+
+@on_glibc
+def test_room_is_a_free_block_apart_from_the_end_of_the_heap():
+    done = subprocess.run([sys.executable, '-c', ROOM], capture_output=True, text=True, check=True)
+    made, moved, offset, above = map(int, done.stdout.split())
+    assert made < 1000  # KiB: nothing of it was touched
+    assert moved == offset == 0  # the request found it
+    assert above > 2**26 + 2**20  # and something lies between it and the end
 
 
 @pytest.mark.parametrize(

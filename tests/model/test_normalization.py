@@ -18,6 +18,7 @@ from efficientnet.model.normalization import (
     norm_swish,
     proxy_moments,
 )
+from efficientnet.parallel.grid import compiler_options
 
 
 def group_norm_by_loop(x, scale, bias, groups, layout, epsilon):
@@ -133,6 +134,21 @@ def test_own_gradient_of_batch_norm_is_that_of_autodiff_on_one_device_and_over_t
     for got in (run(None, x, dy), synced):
         for mine, theirs in zip(got, want, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=2e-4)
+
+
+def test_between_forward_and_backward_nothing_is_kept_but_what_enters_and_leaves():
+    layers, x = 8, jnp.ones((4, 16, 16, 32))
+
+    def loss(kernels):
+        y = x
+        for kernel in kernels:
+            y = norm_swish(y @ kernel, jnp.ones(32), jnp.ones(32), GroupPool(4, 'strided'), 1e-3, True)[0]
+        return y.sum()
+
+    gradient = jax.jit(jax.grad(loss), compiler_options=compiler_options('cpu'))
+    planned = gradient.lower(jnp.ones((layers, 32, 32))).compile().memory_analysis().temp_size_in_bytes
+    # Of every layer what the norm gets and what the next product gets, and a few at work; the sigmoid would be a third.
+    assert planned < (2 * layers + 4) * x.nbytes
 
 
 def test_gradient_under_a_large_mean():

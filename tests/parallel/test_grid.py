@@ -27,6 +27,20 @@ def test_place_and_fetch(splits):
     jax.tree.map(np.testing.assert_array_equal, grid(splits=splits).fetch(placed), tree)
 
 
+def test_what_was_placed_can_be_donated():
+    whole = np.zeros(2**12 + 16, np.float32)
+    start = -whole.ctypes.data % 64 // 4
+    rows = whole[start : start + 2**12].reshape(1, 16, 256)  # aligned as XLA wants it, so that it could be shared
+    one = Grid(Layout(replicas=1, micro_batch=2, accumulation=1, splits=()))
+    placed = one.place(rows)
+    program = one.compile(lambda x: x + 1, jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), donate_argnums=0)
+    pointer = placed.addressable_shards[0].data.unsafe_buffer_pointer()
+    done = program(placed)
+    assert done.addressable_shards[0].data.unsafe_buffer_pointer() == pointer
+    assert done.sum() == 2**12
+    assert rows.sum() == 0
+
+
 def test_stages_share_the_rows_of_their_replica():
     rows = np.arange(1, 13)
     placed = grid(replicas=2, splits=('block3a', 'block4a', 'block5a')).shard({'label': rows})['label']

@@ -220,6 +220,16 @@ def test_the_program_reduces_once_and_not_in_the_loop():
     assert 'may-alias' in text or 'must-alias' in text  # the state is donated
 
 
+@pytest.mark.parametrize('optimizer', ['sgd', 'lars', 'rmsprop'])
+def test_the_new_state_takes_the_memory_of_the_old(optimizer):
+    epsilon = {'optimizer__epsilon': 1e-3} if optimizer == 'rmsprop' else {}
+    parts = tiny_parts(optimizer__name=optimizer, replicas=1, **epsilon)
+    text = compile_update(parts).as_text()
+    rows = parts.packings.params.shape[0]
+    assert re.search(rf'f32\[1,{rows},256\]\S* parameter\(', text)
+    assert not re.findall(rf'f32\[1,{rows},256\]\S* copy\(.*', text)
+
+
 def test_epoch_average():
     parts = tiny_parts(blocks=1, averaging__epoch_decay=0.97)
     state, _ = run_updates(parts, 1)
