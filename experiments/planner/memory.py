@@ -29,7 +29,6 @@ def memory_parts(
             'averages': stage.parameters * storage.averages * 4,
             'stash': stage.stash,
             'activations': stage.activations,
-            'temporaries': software.temporaries * stage.activations,
             'images': images * (number == 0 or software.uniform),
         }
         for number, stage in enumerate(table)

@@ -70,9 +70,9 @@ class Software(NamedTuple):
         uniform: Whether every device holds arrays as large as the largest stage's.
         streamed: Whether images come a micro-batch at a time; otherwise an update's images are there at once.
         prefetch: Batches (or streamed micro-batches) fetched ahead.
-        apart: Whether norm and swish are differentiated one by one, so that the tensor between them is kept as well.
+        apart: Whether norm, swish and gate are differentiated one by one, so that the tensors between the former two
+            and between gate and projection are kept as well.
         published: Whether 'auto' takes the reference's own splits where there are some.
-        temporaries: What the compiler needs besides, as a share of the activations that are counted.
     """
 
     name: str
@@ -84,16 +84,13 @@ class Software(NamedTuple):
     prefetch: int
     apart: bool
     published: bool
-    temporaries: float
 
 
-# Gradients: the sums, a micro-batch's as a tree, and the same packed. Temporaries: for B4 G16, 380 pixels, micro-batch
-# 3, 32.32, one stage XLA plans 2,077 MiB (`python -m experiments.benchmark memory`, README); the gradients' 221 and the
-# activations' 987 are counted, the rest is this share of the latter. Other layouts are predicted (`--validate`).
-TRAINER = Software('this trainer', 4, 3, 1, True, False, 3, False, False, (2077 - 221) / 987 - 1)
+# Gradients: the sums, a micro-batch's as a tree, and the same packed.
+TRAINER = Software('this trainer', 4, 3, 1, True, False, 3, False, False)
 # fp16 accumulators, averages on the host, a program a stage, an infeed with prefetch depth 3, norm and swish as two
 # operations [config]. What Poplar's convolutions need besides is a share of the memory, see `usable` below.
-POPLAR = Software("the reference's TensorFlow 1", 2, 1, 0, False, True, 3, True, True, 0.0)
+POPLAR = Software("the reference's TensorFlow 1", 2, 1, 0, False, True, 3, True, True)
 
 
 @dataclasses.dataclass(frozen=True)

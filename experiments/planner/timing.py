@@ -57,7 +57,7 @@ def count_blocks(spec: ModelSpec, size: int, software: Software) -> tuple[BlockC
     between = [spec.stem_channels * pixels[1]]
     for block, before, after in zip(spec.blocks, pixels[1:-1], pixels[2:], strict=True):
         expands = block.mid_channels != block.in_channels
-        between.append(block.mid_channels * (before * expands + after))
+        between.append(block.mid_channels * (before * expands + after + after * bool(block.se_channels)))
     between.append(spec.head_channels * pixels[-1])
     return tuple(
         dataclasses.replace(block, kept=block.kept + tensor) for block, tensor in zip(costs, between, strict=True)
