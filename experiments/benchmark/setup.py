@@ -95,6 +95,9 @@ def start_jax(devices: int, *, threads: bool = True, platform: str = 'cpu', cach
         platform: 'cpu', or 'gpu' for one that is there.
         cache: Folder of compiled programs; '' is the one that training uses.
         threads: Whether they may use several threads, which they share; otherwise there has to be one device.
+
+    Raises:
+        ConfigError: There is no such platform.
     """
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     if not threads:
@@ -112,6 +115,8 @@ def start_jax(devices: int, *, threads: bool = True, platform: str = 'cpu', cach
         folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'efficientnet-jax' / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+    if platform == 'gpu' and jax.default_backend() != 'gpu':  # without its plugin JAX takes the CPU and says nothing
+        raise ConfigError('--device=gpu: JAX finds no GPU here; it needs one, and the wheel jax[cuda12] or jax[cuda13]')
 
 
 def random_batch(parts: 'Parts') -> dict[str, np.ndarray]:

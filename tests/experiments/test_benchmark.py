@@ -1,5 +1,6 @@
 """The benchmarks: what they calculate by hand, what they say, and one tiny run of each."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -230,6 +231,16 @@ def test_errors_are_one_line(argv, message, capsys):
     assert err.startswith('error: ')
     assert err.count('\n') == 1
     assert message in err
+
+
+@pytest.mark.skipif(importlib.util.find_spec('jax_plugins') is not None, reason='there may be a GPU')
+def test_a_gpu_that_is_not_there_is_an_error(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(['train_step', '--against=none', '--device=gpu'])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.splitlines()[-1].startswith('error: --device=gpu: JAX finds no GPU here')
 
 
 def test_help_lists_the_benchmarks(capsys):
