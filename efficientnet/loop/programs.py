@@ -52,9 +52,13 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree |
         jobs['epoch_average'] = lambda: grid.compile(make_epoch_average(rule), state, donate_argnums=0)
     if initial:
         jobs['initial'] = lambda: jax.device_get(parts.init_state(start))
-    with ThreadPoolExecutor() as pool:
-        running = {name: pool.submit(job) for name, job in jobs.items()}
-        done = {name: job.result() for name, job in running.items()}
+    # Tracing oneDNN's calls ends all writing to JAX's cache, so what has none of them is compiled before.
+    first = [name for name in jobs if parts.model.conv_method != 'onednn' or name not in ('update', 'evaluate')]
+    done: dict[Any, Any] = {}
+    for names in (first, [name for name in jobs if name not in first]):
+        with ThreadPoolExecutor() as pool:
+            running = {name: pool.submit(jobs[name]) for name in names}
+            done |= {name: job.result() for name, job in running.items()}
     compiled = [program for name, program in done.items() if name != 'initial']
     give_back_freed_memory(room=largest_temporaries(parts, compiled))
     return Programs(

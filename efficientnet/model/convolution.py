@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from jax import Array, lax
 
 from efficientnet.errors import ConfigError
@@ -179,11 +178,7 @@ def _matmul(x: Array, kernel: Array, stride: int, groups: int, pads: Pads) -> Ar
 
 def _onednn(x: Array, kernel: Array, stride: int, groups: int, pads: Pads) -> Array:
     """oneDNN's."""
-    if not onednn.available():
-        raise ConfigError(
-            f'conv_method=onednn needs an x86 CPU under Linux and jaxlib {" or ".join(onednn.VERSIONS)}; '
-            f'this is {jax.default_backend()} and {jaxlib.__version__}'
-        )
+    onednn.check_available()
     return onednn.conv(x, kernel, stride, groups, pads)
 
 

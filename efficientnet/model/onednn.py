@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import jaxlib
 from jax import Array, lax
 
+from efficientnet.errors import ConfigError
 from efficientnet.model import depthwise
 from efficientnet.model.conv_geometry import Pads, image_gradient, kernel_gradient_pads, padded
 
@@ -36,6 +37,15 @@ def available() -> bool:
     """Tells whether programs of the default backend can call oneDNN."""
     here = sys.platform == 'linux' and platform.machine() == 'x86_64'
     return here and jaxlib.__version__ in VERSIONS and jax.default_backend() == 'cpu'
+
+
+def check_available() -> None:
+    """Raises ConfigError where programs cannot call oneDNN."""
+    if not available():
+        raise ConfigError(
+            f'conv_method=onednn needs an x86 CPU under Linux and jaxlib {" or ".join(VERSIONS)}; '
+            f'this is {jax.default_backend()} and {jaxlib.__version__}'
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -1,11 +1,14 @@
 """What is wrong with a config is said before anything is computed, by field."""
 
+import math
+
 import jax
 import pytest
 from PIL import Image
 
 from efficientnet.errors import ConfigError
-from efficientnet.loop.assemble import assemble
+from efficientnet.loop import programs
+from efficientnet.loop.assemble import Parts, assemble
 from efficientnet.model import onednn
 from input_pipeline import DataError
 from tests.tiny import tiny_config, tiny_parts
@@ -136,6 +139,35 @@ def test_convolutions_of_large_images_are_onednns(size, method, monkeypatch):
     monkeypatch.setattr(onednn, 'available', lambda: True)
     assert tiny_parts(image_size=size).model.conv_method == method
     assert tiny_parts(image_size=size, model__conv_method='loop').model.conv_method == 'loop'
+
+
+def test_what_calls_onednn_is_compiled_after_all_else(monkeypatch):
+    """So that the rest, the initial weights above all, is still written to the cache of programs."""
+    monkeypatch.setattr(onednn, 'available', lambda: True)
+    monkeypatch.setattr(programs, 'largest_temporaries', lambda parts, compiled: 0)
+    parts, began, allowed = tiny_parts(blocks=1, replicas=1, image_size=40), [], []
+
+    def compiling(name):
+        def job(*args):
+            began.append(name)
+            allowed.append(jax.config.jax_persistent_cache_min_compile_time_secs < math.inf)
+
+        return job
+
+    for name in ('gather', 'evaluate', 'update'):
+        monkeypatch.setattr(programs, f'compile_{name}', compiling(name))
+    initial = Parts.init_state
+    monkeypatch.setattr(Parts, 'init_state', lambda *args: compiling('initial')() or initial(*args))
+    programs.compile_programs(parts, update=True, initial=True)
+    assert set(began[-2:]) == {'evaluate', 'update'}
+    assert set(began[:-2]) == {'gather', 'initial'}
+    assert all(allowed)
+
+
+def test_onednn_where_it_cannot_be_had(monkeypatch):
+    monkeypatch.setattr(onednn, 'available', lambda: False)
+    with pytest.raises(ConfigError, match='conv_method=onednn needs an x86 CPU'):
+        tiny_parts(model__conv_method='onednn')
 
 
 def test_seeds_differ_and_repeat():
