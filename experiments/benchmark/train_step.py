@@ -9,7 +9,8 @@ in fp32 NCHW is the faster). The architecture is the same, and so are the number
 Peak memory is what a side's process holds at most while it is measured, less what it held after its imports; on a
 GPU what the device's allocator held. FLOP/s are two a multiply-add of the network, three times for a training step
 whatever the formulation really does, given as a share of what a matrix product of this machine reaches; so is
-the time that the bytes which the program says it touches would take at the speed of a large copy.
+the time that the bytes which the program says it touches would take at the speed of a large copy, which is too much on
+a CPU: a weight that is cut out of the packed array counts as all of that array.
 """
 
 import argparse
@@ -130,8 +131,9 @@ def show(result: Mapping[str, Any]) -> str:
                 f'{result["flops_share"][name]:.0%}',
             )
         )
+    work = args['mode'] if args['mode'] != 'train' else f'train, recompute {args["recompute"]}'
     lines = [
-        f'{describe(args)}, norm {args["norm"]}, {args["mode"]}, {result["parameters"]:,} parameters, '
+        f'{describe(args)}, norm {args["norm"]}, {work}, {result["parameters"]:,} parameters, '
         f'{args["rounds"]} rounds of {args["steps"]}',
         f'{machine["device"]}: a matrix product reaches {machine["peak_flops"] / 1e9:,.0f} GFLOP/s, '
         f'a copy {machine["peak_bandwidth"] / 1e9:,.1f} GB/s',
@@ -144,7 +146,8 @@ def show(result: Mapping[str, Any]) -> str:
         lines.append(f'ours ÷ {args["against"]}: {result["ratio"]:.3f} (rounds {low:.3f} to {high:.3f})')
     cached = result['cached_compile_seconds']
     again = 'anew in every process' if cached is None else f'in {cached:.1f} s from the cache'
-    lines.append(f'ours compiles {again} and moves {result["bandwidth_share"]:.0%} of what copies do in its time')
+    share = f'{result["bandwidth_share"]:.0%} of the bytes that copies move in its time'
+    lines.append(f'ours compiles {again} and counts {share}')
     if result['layers']:
         lines += ['', table(_layer_rows(result['layers']))]
     return '\n'.join(lines)
