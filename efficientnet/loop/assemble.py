@@ -15,7 +15,7 @@ import input_pipeline
 from efficientnet.errors import ConfigError
 from efficientnet.loop.durations import to_steps
 from efficientnet.loop.settings import Fields, check_known, check_used
-from efficientnet.model import onednn, scaling
+from efficientnet.model import scaling
 from efficientnet.model.convolution import choose_library
 from efficientnet.model.costs import block_costs
 from efficientnet.model.network import EfficientNet
@@ -144,8 +144,6 @@ def assemble(config: ml_collections.ConfigDict, sources: Sources | None = None) 
     train_source, test_source = _open_sources(fields) if sources is None else _stand_ins(fields, sources)
     model = make_model(fields.model, len(train_source.classes), policy.compute)
     model = model.clone(conv_method=choose_library(model.conv_method, fields.image_size))
-    if model.conv_method == 'onednn':
-        onednn.check_available()
     layout = _make_layout(fields, model, policy)
     packings = _make_packings(model, fields.image_size, layout)
     frozen = freezing.frozen_names(fields.optimizer.trainable, packings.params.names, packings.batch_stats.names)

@@ -43,25 +43,29 @@ def keep_freed_memory() -> None:
     jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
-def give_back_freed_memory(room: int = 0) -> None:
-    """Returns what is free to the kernel; for after compiling, whose threads leave gigabytes in arenas of their own.
+def give_back_freed_memory() -> None:
+    """Returns what is free to the kernel; for after compiling, whose threads leave gigabytes in arenas of their own."""
+    if platform.libc_ver()[0] == 'glibc':
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
+def make_room(size: int) -> None:
+    """Makes a free block of memory for what this thread's programs will ask for again and again; touches none of it.
+
+    glibc asks itself for some more, to align a block, and hands these bytes back at once. If a small request gets them
+    meanwhile, the block is too short the next time, and a second one is taken beside it (in three runs of six, for
+    B0's temporaries). A block that is longer, and not at the end of the heap, makes that rare (none of seven).
 
     Args:
-        room: Bytes that this thread's programs will ask for in one block, again and again. glibc asks itself for some
-            more, to align the block, and hands these back at once; if a small request gets them meanwhile, the block
-            is too short the next time, and a second one is taken beside it, which doubled every other run. A block
-            that is longer, and not at the end of the heap, makes that rare.
+        size: Bytes of the largest request; 0 = none will come.
     """
-    if platform.libc_ver()[0] != 'glibc':
+    if platform.libc_ver()[0] != 'glibc' or not 0 < size < LARGE:
         return
     libc = ctypes.CDLL(None)
-    libc.malloc_trim(ctypes.c_size_t(0))
-    if not 0 < room < LARGE:
-        return
     for request in (libc.malloc, libc.memalign):
         request.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
-    block = libc.memalign(ctypes.c_size_t(ALIGNMENT), ctypes.c_size_t(room + SLACK))
+    block = libc.memalign(ctypes.c_size_t(ALIGNMENT), ctypes.c_size_t(size + SLACK))
     fillers = []
     # Were the block to join the free end of the heap, small requests would come to lie behind what is cut from it. The
     # last filler, of which nothing is touched, keeps it from that and stays.

@@ -11,7 +11,7 @@ import numpy as np
 import input_pipeline
 from efficientnet.loop.assemble import Parts
 from efficientnet.loop.evaluation import make_evaluate, make_gather
-from efficientnet.loop.host_memory import give_back_freed_memory
+from efficientnet.loop.host_memory import give_back_freed_memory, make_room
 from efficientnet.numerics import random_keys
 from efficientnet.parallel.train_state import TrainState
 from efficientnet.parallel.update import make_epoch_average, make_update
@@ -59,8 +59,8 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree |
         with ThreadPoolExecutor() as pool:
             running = {name: pool.submit(jobs[name]) for name in names}
             done |= {name: job.result() for name, job in running.items()}
-    compiled = [program for name, program in done.items() if name != 'initial']
-    give_back_freed_memory(room=largest_temporaries(parts, compiled))
+    give_back_freed_memory()
+    make_room(largest_temporaries(parts, [program for name, program in done.items() if name != 'initial']))
     return Programs(
         evaluate=done['evaluate'],
         gather=lambda variables: done[variables['params'].dtype](variables),

@@ -116,7 +116,12 @@ def choose_library(method: str, image_size: int) -> str:
 
     Returns:
         'onednn' in place of 'auto' if it can be had and gains more than its programs, never cached, take to compile.
+
+    Raises:
+        ConfigError: It was asked for and can't be had.
     """
+    if method == 'onednn':
+        onednn.check_available()
     return 'onednn' if method == 'auto' and image_size > CACHED_SIDE and onednn.available() else method
 
 

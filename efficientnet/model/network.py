@@ -158,8 +158,8 @@ class MBConv(Layers, kw_only=True):
             # Proxy norm's division of every element becomes a division of the gate; the gate itself looks
             # at the undivided activation, as in the reference.
             gate = factor.astype(x.dtype)[None] * (1 if gate is None else gate)
-        # What goes into the projection is cheaper to multiply again than to keep.
-        project = nn.remat(_project) if train else _project
+        # What is gated is cheaper to multiply again than to keep.
+        project = nn.remat(_project) if train and gate is not None else _project
         x = project(Conv(spec.out_channels, name='project'), x, gate)
         if self.norm == 'layer_proxy':
             # No activation follows, hence no proxy norm; without a shift the channels cannot drift apart.

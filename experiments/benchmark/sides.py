@@ -79,7 +79,7 @@ def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, 
     import jax
 
     from efficientnet.loop.assemble import assemble
-    from efficientnet.loop.host_memory import give_back_freed_memory
+    from efficientnet.loop.host_memory import give_back_freed_memory, make_room
     from efficientnet.loop.programs import compile_evaluate, compile_gather, compile_update, largest_temporaries
     from efficientnet.numerics.precision import policy
     from input_pipeline.sources import ArraySource
@@ -125,7 +125,8 @@ def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, 
         jobs |= {'reset': _reset_peak, 'peak': lambda: _resident('VmHWM') - imported}
     else:
         jobs |= {'reset': lambda: None, 'peak': lambda: device.memory_stats()['peak_bytes_in_use']}
-    give_back_freed_memory(room=largest_temporaries(parts, [program]))
+    give_back_freed_memory()
+    make_room(largest_temporaries(parts, [program]))
     costs = block_costs(spec, args['image_size'], norm=args['norm'])
     return jobs, {
         'parameters': sum(block.parameters for block in costs),

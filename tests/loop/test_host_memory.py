@@ -65,7 +65,7 @@ print(kept - before, kept - resident())
 """
 ROOM = """
 import ctypes
-from efficientnet.loop.host_memory import give_back_freed_memory, keep_freed_memory
+from efficientnet.loop.host_memory import keep_freed_memory, make_room
 keep_freed_memory()
 libc = ctypes.CDLL(None)
 for function in (libc.memalign, libc.malloc, libc.sbrk):
@@ -73,7 +73,7 @@ for function in (libc.memalign, libc.malloc, libc.sbrk):
 def resident():
     return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmRSS'))
 before = resident()
-give_back_freed_memory(room=2**26)
+make_room(2**26)
 made, end = resident() - before, libc.sbrk(0)
 block = libc.memalign(64, 2**26)
 print(made, libc.sbrk(0) - end, block % 64, end - block)
