@@ -305,17 +305,6 @@ def test_layer_keys_are_the_documented_ones():
         np.testing.assert_array_equal(jax.random.key_data(got), [jax.random.key_data(key) for key in want])
 
 
-def test_the_gated_activation_is_not_kept_for_the_backward():
-    spec = model_spec('b0', group_size=16)
-    (block,) = (block for block in spec.blocks if block.name == 'block2b')  # it expands, gates, and is not strided
-    model = EfficientNet(spec=dataclasses.replace(spec, blocks=(block,)), blocks=(block.name,), conv_method='native')
-    x, keys = jnp.ones((2, 12, 12, block.in_channels)), jax.random.split(jax.random.key(0), 2)
-    variables = model.init(jax.random.key(0), x)
-    _, pull = jax.vjp(lambda variables: model.apply(variables, x, train=True, sample_keys=keys), variables)
-    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == (2, 12, 12, block.mid_channels)]
-    assert len(kept) == 4  # what enters and what leaves the norms after the expansion and the spatial convolution
-
-
 def test_proxy_norm_defers_its_division_to_the_gate():
     spec = TINY()
     model = EfficientNet(spec=spec, blocks=('block1a',), norm='layer_proxy')
