@@ -8,6 +8,8 @@ from jax import Array, lax
 
 from efficientnet.model.conv_geometry import NO_PADS, Pads, shifted_views
 
+SAMPLES = 8  # whose products one loop over pixels adds up
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
@@ -20,9 +22,23 @@ def depthwise(x: Array, kernel: Array, stride: int, pads: Pads) -> Array:
 
 
 def kernel_gradient(x: Array, dy: Array, kernel: Array, stride: int, pads: Pads) -> Array:
-    """Pulls dy [N, H', W', C] back to the kernel [k, k, 1, C]."""
-    views = shifted_views(x, *kernel.shape[:2], stride, pads)
-    return jnp.stack([_sum_of_products(view, dy) for view in views]).reshape(kernel.shape).astype(kernel.dtype)
+    """Pulls dy [N, H', W', C] back to the kernel [k, k, 1, C].
+
+    On a CPU a few samples at a time: of many, XLA would copy every shifted view before it multiplies, and compile long.
+    """
+
+    def pull(x: Array, dy: Array) -> Array:
+        return jnp.stack([_sum_of_products(view, dy) for view in shifted_views(x, *kernel.shape[:2], stride, pads)])
+
+    samples, taps = len(x), kernel.shape[0] * kernel.shape[1]
+    looped = samples // SAMPLES * SAMPLES if jax.default_backend() == 'cpu' and samples > SAMPLES else 0
+    total = jnp.zeros((taps, kernel.shape[3]), jnp.float32)
+    if looped:
+        parts = jax.tree.map(lambda rows: rows[:looped].reshape(-1, SAMPLES, *rows.shape[1:]), (x, dy))
+        total, _ = lax.scan(lambda total, part: (total + pull(*part), None), total, parts)
+    if looped < samples:
+        total = total + pull(x[looped:], dy[looped:])
+    return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _sum_of_products(x: Array, y: Array) -> Array:

@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 from efficientnet.errors import ConfigError
 from efficientnet.model import convolution, onednn
 from efficientnet.model.convolution import METHODS, choose_library, choose_method, grouped_conv
+from efficientnet.model.depthwise import SAMPLES
 from tests.model.conv_reference import reference, value_and_gradients
 
 ONEDNN = pytest.param('onednn', marks=pytest.mark.skipif(not onednn.available(), reason='needs oneDNN in XLA'))
@@ -83,6 +84,17 @@ def test_same_is_tensorflows(size, k, stride):
     conv = jax.jit(functools.partial(grouped_conv, stride=stride, groups=2))
     got = conv(jnp.array(x), jnp.array(kernel))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('samples', [SAMPLES, SAMPLES + 1, 2 * SAMPLES, 3 * SAMPLES - 1])
+def test_depthwise_of_many_samples(samples):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(samples, 5, 6, 3)), rng.normal(size=(3, 3, 1, 3))
+    dy = rng.normal(size=(samples, 3, 3, 3))
+    conv = functools.partial(grouped_conv, stride=2, groups=3, method='taps')
+    got = jax.jit(value_and_gradients, static_argnums=0)(conv, *map(jnp.float32, (x, kernel, dy)))
+    for mine, theirs in zip(got, reference(x, kernel, dy, 2, 3, 'same'), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
