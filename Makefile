@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup bench-setup train test test-slow bench lint clean
+.PHONY: help setup bench-setup train test test-slow bench bench-compile lint clean
 
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -17,7 +17,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
-bench-setup: $(VENV)/installed-bench  ## Adds PyTorch and timm, for `make bench` alone.
+bench-setup: $(VENV)/installed-bench  ## Adds PyTorch and timm, for the benchmarks alone.
 
 $(VENV)/installed-bench: requirements-bench.txt $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-bench.txt
@@ -37,6 +37,11 @@ bench: bench-setup  ## Measures a training step and evaluation beside timm's.
 	$(BIN)/python -m experiments.benchmark train_step --model=b0 --group_size=1 --norm=batch --image_size=224 --batch=8
 	$(BIN)/python -m experiments.benchmark train_step --model=b4 --group_size=16 --image_size=160 --batch=4
 	$(BIN)/python -m experiments.benchmark train_step --mode=evaluate --model=b0 --group_size=16 --image_size=128 --batch=8
+
+bench-compile: bench-setup  ## The same training steps beside timm's under torch.compile, which compiles for minutes.
+	$(BIN)/python -m experiments.benchmark train_step --model=b0 --group_size=16 --image_size=128 --batch=8 --against=timm-compile
+	$(BIN)/python -m experiments.benchmark train_step --model=b0 --group_size=1 --norm=batch --image_size=224 --batch=8 --against=timm-compile
+	$(BIN)/python -m experiments.benchmark train_step --model=b4 --group_size=16 --image_size=160 --batch=4 --against=timm-compile
 
 lint: setup  ## Checks style and format.
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from efficientnet.errors import ConfigError, RunError, leave, plainly, status
+from efficientnet.errors import leave, one_line, plainly
 
 MODES = ('train', 'evaluate', 'predict')
 
@@ -60,13 +60,12 @@ def run(argv: list[str]) -> None:
         keep_freed_memory()
     import jax
 
+    from efficientnet.loop.program_cache import keep_programs
+
     if _CPU_DEVICES.value:
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', _CPU_DEVICES.value)
-    if not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'efficientnet-jax' / 'xla'
-        jax.config.update('jax_compilation_cache_dir', str(cache))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+    keep_programs()
 
     if _MODE.value == 'predict':
         from efficientnet.predict import predict
@@ -101,6 +100,8 @@ def parse(argv: list[str]) -> list[str]:
         leave(f'unexpected argument {rest[1]!r}; flags start with --')
     if not _WORKDIR.value:
         leave('--workdir is missing, such as --workdir=runs/digits')
+    if _CONFIG.present and _CONFIG.value is None:
+        leave('the recipe that --config names must return a ConfigDict, not None')
     if _MODE.value == 'train' and _CONFIG.value is None:
         leave('--config is missing, such as --config=configs/digits.py')
     if _MODE.value == 'predict' and _CONFIG.value is not None:
@@ -117,28 +118,17 @@ def main() -> None:
     """Runs, and turns mistakes the user can mend into one line."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # before jax or tensorflow is imported
     from efficientnet.loop.interrupt import Interrupted
-    from input_pipeline.errors import DataError
 
     def guarded(argv: list[str]) -> None:
-        try:
-            run(argv)
-        except (ConfigError, DataError, RunError) as error:
+        with one_line(speaks):
             try:
-                sys.stdout.flush()
-            except OSError:  # what is left there can't be written, which the error says
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if speaks(error):
-                leave(error)
-            sys.exit(status(error))
-        except BrokenPipeError:  # whoever reads the predictions, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except KeyboardInterrupt:  # while nothing is trained
-            sys.exit(130)
-        except Interrupted as error:
-            if speaks(error):
-                print(error, flush=True)
-            os._exit(128 + error.number)  # a compilation left behind in a thread would delay a normal exit
+                run(argv)
+            except Interrupted as error:
+                from efficientnet.loop.reporting import say
+
+                if speaks(error):
+                    say(str(error))
+                os._exit(128 + error.number)  # a compilation left behind in a thread would delay a normal exit
 
     def speaks(error: Exception) -> bool:
         from efficientnet.parallel.processes import first

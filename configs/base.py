@@ -58,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.activation = ''  # 'swish', 'relu6'; '' = the variant's
     config.model.norm = 'group'  # 'group', 'batch', or 'layer_proxy' (layer norm + proxy norm)
     config.model.norm_groups = 4  # groups of 'group'
-    config.model.norm_group_size = 0  # of 'group', instead of norm_groups: channels a group, the same in all layers
+    config.model.norm_group_size = 0  # of 'group', instead of norm_groups: channels a group, a divisor of all widths
     config.model.norm_layout = 'strided'  # of 'group': channel c in group c mod groups; or 'contiguous'
     config.model.norm_epsilon = 1e-3  # added to the variance
     config.model.batch_norm_decay = 0.97  # of the running statistics, applied once a weight update

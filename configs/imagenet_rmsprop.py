@@ -90,8 +90,7 @@ def set_model(config: ml_collections.ConfigDict, group: str, norm: str) -> None:
 def set_rmsprop(config: ml_collections.ConfigDict, global_batch: int) -> None:
     """Sets what the reference's RMSProp has at any rate, and its number formats."""
     config.global_batch = global_batch
-    config.precision.policy = '16.32'
-    config.precision.rounding = 'nearest'
+    config.precision.policy = '16.32'  # nothing is rounded to 16 bits, so no rounding is chosen
     config.optimizer.name = 'rmsprop'
     config.optimizer.rms_decay = 1 - global_batch * 2.0**-14
     config.optimizer.momentum = 0.9

@@ -14,7 +14,6 @@ import json
 import operator
 import os
 import pathlib
-import sys
 from typing import Any
 
 import flax
@@ -25,14 +24,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import base
-from efficientnet.errors import ConfigError, RunError, leave, plainly
-from efficientnet.loop.settings import CHECKPOINTS, CONFIG, flatten
+from efficientnet.errors import ConfigError, leave, one_line, plainly
+from efficientnet.loop.files import CHECKPOINTS, CONFIG
+from efficientnet.loop.settings import config_of, flatten
 from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.weights import architectures, naming, state_dicts
 from efficientnet.weights.class_names import imagenet
 from efficientnet.weights.dataset_facts import DatasetFacts, facts_of_json
-from efficientnet.weights.trained import CARD, COLUMNS, Trained, config_of, read_run, variable_shapes, write_run
-from input_pipeline.errors import DataError
+from efficientnet.weights.trained import CARD, COLUMNS, Trained, read_run, variable_shapes, write_run
 
 Tree = Any
 
@@ -221,7 +220,7 @@ def main() -> None:
         try:
             rest = flags.FLAGS(argv)
         except Exception as error:  # ml_collections raises AttributeError, TypeError, ValueError, …
-            leave(error)
+            leave(plainly(error))
         if len(rest) != 3:
             leave('give SOURCE and DEST, such as: python -m efficientnet.convert model.safetensors runs/b0')
         return rest
@@ -231,7 +230,7 @@ def main() -> None:
         source, dest = (pathlib.Path(argument).expanduser() for argument in argv[1:])
         given = flatten(config.value)
         chosen = {field: given[field] for field in config_flags.get_override_values(flags.FLAGS['config'])}
-        try:
+        with one_line():
             trained = convert(
                 source,
                 dest,
@@ -240,16 +239,12 @@ def main() -> None:
                 classes=pathlib.Path(classes.value).expanduser() if classes.value else None,
                 overrides=chosen,
             )
-        except (ConfigError, DataError, RunError) as error:
-            leave(error)
-        except KeyboardInterrupt:
-            sys.exit(130)
-        c = trained.config
-        print(
-            f'{dest}: {c.model.variant}, group size {c.model.group_size}, norm {c.model.norm}, padding '
-            f'{c.model.padding}, epsilon {c.model.norm_epsilon:g}, {len(trained.dataset.classes):,} classes, '
-            f'{c.image_size} pixels, weights {trained.kind}'
-        )
+            c = trained.config
+            print(
+                f'{dest}: {c.model.variant}, group size {c.model.group_size}, norm {c.model.norm}, padding '
+                f'{c.model.padding}, epsilon {c.model.norm_epsilon:g}, {len(trained.dataset.classes):,} classes, '
+                f'{c.image_size} pixels, weights {trained.kind}'
+            )
 
     app.run(run, flags_parser=parse)
 

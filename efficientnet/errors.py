@@ -3,10 +3,13 @@
 import contextlib
 import os
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
+
+from input_pipeline.errors import DataError
 
 
 class ConfigError(Exception):
@@ -21,6 +24,9 @@ class DivergedError(RunError):
     """Updates that stay non-finite: what a recipe does, wherever it runs."""
 
 
+MISTAKES = (ConfigError, DataError, RunError)  # that a user can mend
+
+
 def status(problem: object) -> int:
     """Returns the exit status of a command that ends with a problem: 4 if a run diverged, else 2."""
     return 4 if isinstance(problem, DivergedError) else 2
@@ -32,17 +38,34 @@ def leave(problem: object) -> NoReturn:
     sys.exit(status(problem))
 
 
+def mute_stdout() -> None:
+    """Sends nowhere what is still to be printed: whoever read it has left, or it cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextlib.contextmanager
-def one_line() -> Iterator[None]:
-    """Ends a command with one line for what the user can mend, and quietly if nobody reads on, such as `head`."""
+def one_line(speaks: Callable[[Exception], bool] = lambda _: True) -> Iterator[None]:
+    """Ends a command with one line for what the user can mend, and quietly on Ctrl-C, or if nobody reads on.
+
+    Args:
+        speaks: Whether this process is the one to say what is wrong.
+    """
     try:
         yield
         sys.stdout.flush()
-    except (ConfigError, RunError) as error:
-        leave(error)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MISTAKES as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # what is left there can't be written, which the error says
+            mute_stdout()
+        if speaks(error):
+            leave(error)
+        sys.exit(status(error))
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        mute_stdout()
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def plainly(error: Exception) -> str:

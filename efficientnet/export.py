@@ -15,7 +15,6 @@ import logging as builtin_logging
 import os
 import pathlib
 import platform
-import sys
 from typing import Any
 
 import flax
@@ -23,7 +22,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from efficientnet.errors import ConfigError, leave
+from efficientnet.errors import ConfigError, leave, one_line
 from efficientnet.numerics.precision import POLICIES
 from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.predict import make_probabilities
@@ -229,14 +228,9 @@ def main() -> None:
     def run(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         workdir, dest = (pathlib.Path(argument).expanduser() for argument in argv[1:])
-        try:
-            files = export(workdir, dest, form.value, kind.value, policy.value)
-        except ConfigError as error:
-            leave(error)
-        except KeyboardInterrupt:
-            sys.exit(130)
-        for path in files:
-            print(f'{path}: {path.stat().st_size:,} bytes')
+        with one_line():
+            for path in export(workdir, dest, form.value, kind.value, policy.value):
+                print(f'{path}: {path.stat().st_size:,} bytes')
 
     app.run(run, flags_parser=parse)
 

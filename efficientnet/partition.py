@@ -13,13 +13,14 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from efficientnet.errors import ConfigError, leave, one_line, plainly
+from efficientnet.errors import leave, one_line, plainly
+from efficientnet.loop.settings import check_known
 from efficientnet.model.costs import block_costs
 from efficientnet.model.scaling import configured_spec
-from efficientnet.parallel.stages import PUBLISHED, Stage, balance, check_splits, parse_splits, stage_table, storage_of
+from efficientnet.parallel.stages import PUBLISHED, StageCost, config_options, parse_splits, resolve_splits, stage_table
 
 
-def format_table(stages: Sequence[Stage], *, timed: bool = False) -> str:
+def format_table(stages: Sequence[StageCost], *, timed: bool = False) -> str:
     """Returns the stages as aligned text, a line each, and one about all of them.
 
     Args:
@@ -82,27 +83,13 @@ def report(config: ml_collections.ConfigDict, classes: int = 1000) -> str:
     """
     from efficientnet.numerics.precision import policy as policy_of
 
+    check_known(config)
     model, policy = config.model, policy_of(config.precision.policy)
     spec = configured_spec(model, classes)
     costs = block_costs(spec, config.image_size, norm=model.norm)
-    averages = (config.averaging.epoch_decay > 0) + (config.averaging.update_decay > 0)
-    options = {
-        'recompute': config.recompute,
-        'schedule': config.pipeline,
-        'micro_batch': config.micro_batch,
-        'storage': storage_of(policy, config.optimizer.name, averages),
-    }
-    splits = parse_splits(config.splits)
-    if splits == 'auto':
-        splits, origin = balance(costs, config.stages, **options), 'balanced'
-    else:
-        check_splits(spec, splits)
-        origin = 'as given'
-        if config.stages not in (1, len(splits) + 1):
-            raise ConfigError(
-                f'stages={config.stages} is not what splits={",".join(splits)!r} make, {len(splits) + 1}; '
-                'set one of them only, or splits=auto'
-            )
+    options = config_options(config, policy, pipelined=True)
+    splits = resolve_splits(config.splits, config.stages, spec, costs, **options)
+    origin = 'balanced' if parse_splits(config.splits) == 'auto' else 'as given'
     lines = [
         f'{model.variant}, group size {model.group_size}, norm {model.norm}, {config.image_size} pixels, '
         f'{classes:,} classes; micro-batch {config.micro_batch}, {policy.name}, {config.optimizer.name}, '

@@ -5,6 +5,15 @@ Knows nothing of the model or of devices.
 
 from input_pipeline.batches import evaluation_batches, train_batches
 from input_pipeline.errors import DataError
-from input_pipeline.sources import OTHER_TEST, CachedSource, Source, open_source
+from input_pipeline.sources import EMBEDDED, OTHER_TEST, CachedSource, Source, open_source
 
-__all__ = ['OTHER_TEST', 'CachedSource', 'DataError', 'Source', 'evaluation_batches', 'open_source', 'train_batches']
+__all__ = [
+    'EMBEDDED',
+    'OTHER_TEST',
+    'CachedSource',
+    'DataError',
+    'Source',
+    'evaluation_batches',
+    'open_source',
+    'train_batches',
+]

@@ -17,6 +17,9 @@ from input_pipeline.errors import DataError
 WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)  # the box of an image that nobody has annotated
 WHOLE_IMAGE.flags.writeable = False
 
+EMBEDDED = ('digits', 'sample_photos')  # data sets that need no folder
+OWN = (*EMBEDDED, 'folder', 'imagenet_tfrecords')  # those that are not TFDS'
+
 
 class Examples(NamedTuple):
     """What `Source.read` gives for k indices.

@@ -17,7 +17,7 @@ from input_pipeline import images
 from input_pipeline.errors import DataError
 from input_pipeline.quiet_tf import tf
 from input_pipeline.records import Keys, Part, RecordSource, open_records
-from input_pipeline.sources import ArraySource, Fields
+from input_pipeline.sources import OWN, ArraySource, Fields
 
 import tensorflow_datasets as tfds  # isort: skip  # after quiet_tf, which it would import unquietly
 from tensorflow_datasets.core.download import downloader  # isort: skip
@@ -76,7 +76,7 @@ def _prepared_builder(name: str, data_dir: str | None, fields: Fields) -> tfds.c
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        known = ['digits', 'folder', *tfds.list_builders(with_community_datasets=False)]
+        known = [*OWN, *tfds.list_builders(with_community_datasets=False)]
         near = difflib.get_close_matches(name, known) or ['digits', 'folder', 'cifar10', 'imagenet2012']
         raise DataError(f'{fields.dataset} = {name!r} is unknown; nearest: {", ".join(near)}') from error
     except (ValueError, AssertionError) as error:  # no such config or version; not a name at all

@@ -84,7 +84,7 @@ def _cache_path(paths: Sequence[str], stats: Sequence[os.stat_result]) -> pathli
     files = [(os.path.abspath(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
     key = hashlib.sha256(repr(files).encode()).hexdigest()[:32]
     root = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
-    return root / 'efficientnet' / f'tfrecord_index_{key}.npz'
+    return root / 'efficientnet-jax' / f'tfrecord_index_{key}.npz'
 
 
 def _save(cache: pathlib.Path, shards: Sequence[np.ndarray]) -> None:

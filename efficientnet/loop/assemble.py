@@ -13,7 +13,7 @@ import optax
 
 import input_pipeline
 from efficientnet.errors import ConfigError
-from efficientnet.loop.durations import to_steps
+from efficientnet.loop.durations import to_interval, to_steps
 from efficientnet.loop.settings import Fields, check_known, check_used
 from efficientnet.model import scaling
 from efficientnet.model.convolution import choose_library
@@ -30,7 +30,7 @@ from efficientnet.numerics.schedules import warmup_schedule
 from efficientnet.parallel.grid import Grid
 from efficientnet.parallel.layout import AXIS, Layout, TooManyReplicasError, make_layout
 from efficientnet.parallel.packing import Packings, make_packing
-from efficientnet.parallel.stages import balance, check_splits, parse_splits, stage_blocks, storage_of
+from efficientnet.parallel.stages import config_options, resolve_splits, stage_blocks
 from efficientnet.parallel.train_state import TrainState, UpdateRule, init_state
 
 Tree = Any
@@ -150,15 +150,15 @@ def assemble(config: ml_collections.ConfigDict, sources: Sources | None = None) 
     frozen_statistics = frozen.intersection(packings.batch_stats.names)
     model = model.clone(frozen_norms=frozenset(name.rpartition('/')[0] for name in frozen_statistics))
 
-    steps_of = functools.partial(to_steps, num_examples=train_source.num_examples, global_batch=layout.global_batch)
-    total_steps = fields.steps or steps_of('epochs', f'{fields.epochs} epochs', total_steps=None)
+    sizes = {'num_examples': train_source.num_examples, 'global_batch': layout.global_batch}
+    total_steps = fields.steps or to_steps('epochs', f'{fields.epochs} epochs', **sizes, total_steps=None)
     if total_steps < 1:
         raise ConfigError(
             f'epochs={fields.epochs} of {train_source.num_examples} examples is less than one update of '
             f'global_batch={layout.global_batch}; raise epochs or lower global_batch'
         )
-    steps_of = functools.partial(steps_of, total_steps=total_steps)
-    schedule = _make_schedule(fields, steps_of, total_steps)
+    sizes['total_steps'] = total_steps
+    schedule = _make_schedule(fields, sizes)
     make_optimizer = _optimizer_maker(fields, schedule, policy, packings)
     rule = UpdateRule(
         policy=policy,
@@ -188,9 +188,9 @@ def assemble(config: ml_collections.ConfigDict, sources: Sources | None = None) 
         make_optimizer=make_optimizer,
         rule=rule,
         total_steps=total_steps,
-        evaluate_every=steps_of('evaluation.every', fields.evaluation.every),
-        checkpoint_every=steps_of('checkpoint.every', fields.checkpoint.every),
-        log_every=steps_of('log_every', fields.log_every),
+        evaluate_every=to_interval('evaluation.every', fields.evaluation.every, **sizes),
+        checkpoint_every=to_interval('checkpoint.every', fields.checkpoint.every, **sizes),
+        log_every=to_interval('log_every', fields.log_every, **sizes),
     )
     _check_input(fields, parts)
     check_used(fields)
@@ -199,6 +199,7 @@ def assemble(config: ml_collections.ConfigDict, sources: Sources | None = None) 
 
 def _check_ranges(fields: Fields) -> None:
     """Raises ConfigError for numbers that no part further on would name by their field."""
+    s = fields.schedule
     for name, value, low, high in (
         ('epochs', fields.epochs, 0.0, math.inf),
         ('steps', fields.steps, 0, math.inf),
@@ -218,6 +219,7 @@ def _check_ranges(fields: Fields) -> None:
         ('averaging.update_decay', fields.averaging.update_decay, 0, 1),
         ('optimizer.rate_per_example', fields.optimizer.rate_per_example, 0, math.inf),
         ('optimizer.momentum', fields.optimizer.momentum, 0, 1),
+        ('optimizer.rms_decay', fields.optimizer.rms_decay if fields.optimizer.name == 'rmsprop' else 0, 0, 1),
         ('optimizer.weight_decay', fields.optimizer.weight_decay, 0, math.inf),
         ('optimizer.epsilon', fields.optimizer.epsilon if fields.optimizer.name != 'sgd' else 0, 0, math.inf),
         (
@@ -226,6 +228,10 @@ def _check_ranges(fields: Fields) -> None:
             0,
             math.inf,
         ),
+        ('schedule.end_ratio', s.end_ratio if s.kind in ('polynomial', 'cosine') else 0, 0, math.inf),
+        ('schedule.power', s.power if s.kind == 'polynomial' else 0, 0, math.inf),
+        ('schedule.decay_rate', s.decay_rate if s.kind == 'exponential' else 0, 0, math.inf),
+        ('model.norm_group_size', fields.model.norm_group_size if fields.model.norm == 'group' else 0, 0, math.inf),
         ('model.norm_epsilon', fields.model.norm_epsilon, 0, math.inf),
         ('model.width', fields.model.width, 0, 100),
         ('seed', fields.seed, 0, 2**32),
@@ -240,26 +246,13 @@ def _check_ranges(fields: Fields) -> None:
 
 def _make_layout(fields: Fields, model: EfficientNet, policy: Policy) -> Layout:
     """Resolves the splits and checks the sizes."""
-    stages, splits = fields.stages, parse_splits(fields.splits)
-    if splits == 'auto':
-        averages = (fields.averaging.epoch_decay > 0) + (fields.averaging.update_decay > 0)
-        splits = balance(
-            block_costs(model.spec, fields.image_size, norm=model.norm),
-            stages,
-            fields.recompute,
-            schedule=fields.pipeline if stages > 1 else 'grouped',
-            micro_batch=fields.micro_batch,
-            storage=storage_of(policy, fields.optimizer.name, averages),
-        )
-    check_splits(model.spec, splits)
+    costs = block_costs(model.spec, fields.image_size, norm=model.norm)
+    options = config_options(fields, policy, pipelined=fields.stages > 1)
+    splits = resolve_splits(fields.splits, fields.stages, model.spec, costs, **options)
     if splits and model.norm_axis:
         raise ConfigError(
             'model.batch_norm_sync=True needs stages=1: under pipelining the stages of a replica work on different '
             'micro-batches at a time, and statistics over replicas would make all wait for all at every norm'
-        )
-    if stages not in (1, len(splits) + 1):  # 1 is also what it is when only splits are given
-        raise ConfigError(
-            f'stages={stages} and splits={",".join(splits)!r} disagree: those make {len(splits) + 1} stages; give one'
         )
     try:
         return make_layout(
@@ -280,15 +273,15 @@ def _make_layout(fields: Fields, model: EfficientNet, policy: Policy) -> Layout:
 
 def _open_sources(fields: Fields) -> Sources:
     given = fields.input
-    train = input_pipeline.open_source(
-        fields.dataset, given.train_split, given.dir or None, train_split=given.train_split
-    )
-    other = given.test_dataset
-    test_dir = given.test_dir if other else given.dir
+    own, other = fields.dataset, given.test_dataset
+    folder = '' if own in input_pipeline.EMBEDDED else given.dir
+    train = input_pipeline.open_source(own, given.train_split, folder or None, train_split=given.train_split)
+    if other:
+        folder = '' if other in input_pipeline.EMBEDDED else given.test_dir
     test = input_pipeline.open_source(
-        other or fields.dataset,
+        other or own,
         given.test_split,
-        test_dir or None,
+        folder or None,
         train_split=given.train_split,
         fields=input_pipeline.OTHER_TEST if other else None,
     )
@@ -341,8 +334,9 @@ def _norm_groups(fields: Any) -> dict[str, int]:
 
 
 def _init_variables(model: EfficientNet, image_size: int, key: jax.Array) -> Tree:
-    # The formulation makes no difference to them. oneDNN's, once traced, ends the caching of programs.
-    model = model.clone(conv_method='native') if model.conv_method == 'onednn' else model
+    # The formulation makes no difference to them. oneDNN's, once traced, ends the caching of programs; others take
+    # minutes to compile, as XLA computes beforehand what loops make of these zeros.
+    model = model.clone(conv_method='native')
     return model.init(key, jax.numpy.zeros((1, image_size, image_size, 3), model.dtype), train=False)
 
 
@@ -354,9 +348,9 @@ def _make_packings(model: EfficientNet, image_size: int, layout: Layout) -> Pack
     return Packings(make_packing(variables['params'], stages), make_packing(variables.get('batch_stats', {}), stages))
 
 
-def _make_schedule(fields: Fields, steps_of: Any, total_steps: int) -> optax.Schedule:
-    s = fields.schedule
-    warmup_steps = steps_of('schedule.warmup', s.warmup)
+def _make_schedule(fields: Fields, sizes: dict[str, int]) -> optax.Schedule:
+    s, total_steps = fields.schedule, sizes['total_steps']
+    warmup_steps = to_steps('schedule.warmup', s.warmup, **sizes)
     if warmup_steps > total_steps:
         raise ConfigError(
             f"schedule.warmup={s.warmup!r} is {warmup_steps:,} steps, more than the run's {total_steps:,}; "
@@ -367,7 +361,7 @@ def _make_schedule(fields: Fields, steps_of: Any, total_steps: int) -> optax.Sch
         'cosine': lambda: {'end_ratio': s.end_ratio},
         'exponential': lambda: {
             'decay_rate': s.decay_rate,
-            'decay_steps': max(steps_of('schedule.decay_every', s.decay_every), 1),
+            'decay_steps': to_interval('schedule.decay_every', s.decay_every, **sizes),
         },
     }
     return warmup_schedule(
@@ -397,7 +391,7 @@ def _optimizer_maker(
         o.name,
         learning_rate=schedule,
         policy=policy,
-        rounding=fields.precision.rounding,
+        rounding=fields.precision.rounding if policy.rounds else 'nearest',
         packing=packings.params,
         momentum=o.momentum,
         weight_decay=o.weight_decay,
@@ -435,12 +429,15 @@ def _check_input(fields: Fields, parts: Parts) -> None:
     parts.train_batches(0)
     parts.evaluation_batches()
     # Read by the pipelines through `Parts`.
-    fields.input.damaged_limit, fields.augment.crop, fields.augment.flip, fields.input.resize  # noqa: B018
+    fields.augment.crop, fields.augment.flip  # noqa: B018
+    shapes = (parts.train_source.image_shape, parts.test_source.image_shape)
+    if None in shapes:
+        fields.input.damaged_limit, fields.evaluation.crop_ratio  # noqa: B018
+    if set(shapes) != {(fields.image_size, fields.image_size, 3)} or fields.augment.crop == 'distorted':
+        fields.input.resize  # noqa: B018
     if fields.init_from:  # read where a run starts
         fields.init_weights  # noqa: B018
     if fields.augment.crop == 'pad':
         fields.augment.pad  # noqa: B018
     if fields.augment.crop == 'distorted':
         fields.augment.crop_covered, fields.augment.crop_aspect, fields.augment.crop_area  # noqa: B018
-    if None in (parts.train_source.image_shape, parts.test_source.image_shape):
-        fields.evaluation.crop_ratio  # noqa: B018

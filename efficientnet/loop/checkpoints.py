@@ -21,6 +21,7 @@ from efficientnet.errors import ConfigError
 
 Tree = Any
 SCORE = 'test_accuracy'
+REPLACED = '.replaced'  # what a checkpoint is called until another is in its place
 
 
 class Checkpoints:
@@ -53,6 +54,9 @@ class Checkpoints:
             # Orbax would clear them away in a thread that it doesn't wait for.
             for leftover in directory.glob('*.orbax-checkpoint-tmp*'):
                 shutil.rmtree(leftover)
+            for replaced in directory.glob(f'*{REPLACED}'):
+                whole = replaced.with_name(replaced.name.removesuffix(REPLACED))
+                shutil.rmtree(replaced) if whole.exists() else replaced.rename(whole)
         self._directory = directory
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
@@ -61,7 +65,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, position: int, state: Tree, facts: dict[str, Any], accuracy: float | None) -> None:
-        """Saves one checkpoint and deletes those that are neither new nor best.
+        """Saves one checkpoint, in the place of one of this position, and deletes those that are neither new nor best.
 
         Args:
             position: Batches consumed so far; names the checkpoint.
@@ -76,7 +80,12 @@ class Checkpoints:
         facts = facts | {'position': position, 'digest': _digest(arrays)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts))
         metrics = None if accuracy is None else {SCORE: accuracy}
+        replaced = self._directory / f'{position}{REPLACED}'
+        if position in self.positions():
+            (self._directory / str(position)).rename(replaced)
+            self._manager.reload()
         self._manager.save(position, args=items, metrics=metrics, force=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def restore(self, like: Tree | None, position: int) -> tuple[Tree, dict[str, Any]]:
         """Reads one checkpoint.

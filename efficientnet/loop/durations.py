@@ -34,3 +34,18 @@ def to_steps(field: str, duration: str, *, num_examples: int, global_batch: int,
         return math.floor(amount / 100 * total_steps)
     examples = {'epochs': num_examples, 'steps': global_batch, 'examples': 1}[unit] * amount
     return math.floor(examples / global_batch + 1e-9)
+
+
+def to_interval(field: str, duration: str, **run: int) -> int:
+    """Converts how often something happens to weight updates: at least one, or 0 for never where it says 0.
+
+    Args:
+        field: As of `to_steps`.
+        duration: As of `to_steps`.
+        run: What else `to_steps` needs.
+
+    Raises:
+        ConfigError: As `to_steps`.
+    """
+    steps = to_steps(field, duration, **run)
+    return steps or int(any(digit in duration for digit in '123456789'))

@@ -11,7 +11,7 @@ import numpy as np
 import input_pipeline
 from efficientnet.loop.assemble import Parts
 from efficientnet.loop.evaluation import make_evaluate, make_gather
-from efficientnet.loop.host_memory import give_back_freed_memory, make_room
+from efficientnet.loop.host_memory import give_back_freed_memory
 from efficientnet.numerics import random_keys
 from efficientnet.parallel.train_state import TrainState
 from efficientnet.parallel.update import make_epoch_average, make_update
@@ -28,6 +28,7 @@ class Programs(NamedTuple):
     update: Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Tree]] | None  # the state is donated
     epoch_average: Callable[[TrainState], TrainState] | None  # likewise
     initial: TrainState | None  # not compiled but computed: the state before the first update, on the host
+    temporaries: int  # bytes, see `largest_temporaries`
 
 
 def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree | None = None) -> Programs:
@@ -60,13 +61,13 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree |
             running = {name: pool.submit(jobs[name]) for name in names}
             done |= {name: job.result() for name, job in running.items()}
     give_back_freed_memory()
-    make_room(largest_temporaries(parts, [program for name, program in done.items() if name != 'initial']))
     return Programs(
         evaluate=done['evaluate'],
         gather=lambda variables: done[variables['params'].dtype](variables),
         update=done.get('update'),
         epoch_average=done.get('epoch_average'),
         initial=done.get('initial'),
+        temporaries=largest_temporaries(parts, [program for name, program in done.items() if name != 'initial']),
     )
 
 

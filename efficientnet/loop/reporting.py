@@ -1,7 +1,6 @@
 """What a person and a notebook see of a run: progress lines, metrics.csv, TensorBoard events, JSON files."""
 
 import csv
-import json
 import pathlib
 import time
 from typing import Any
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 from tensorboard.summary import Writer
 
+from efficientnet.errors import mute_stdout
 from efficientnet.loop.assemble import Parts
 from efficientnet.parallel.pipeline import timetable
 from efficientnet.parallel.processes import first
@@ -36,16 +36,12 @@ COLUMNS = (
 
 
 def say(*lines: str) -> None:
-    """Prints lines for a person, at once; in process 0 only."""
+    """Prints lines for a person, at once; in process 0 only. Who reads along may leave: the run goes on."""
     if first() and lines:
-        print(*lines, sep='\n', flush=True)
-
-
-def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    draft = path.with_suffix('.tmp')
-    draft.write_text(json.dumps(values, indent=2) + '\n')
-    draft.replace(path)
+        try:
+            print(*lines, sep='\n', flush=True)
+        except BrokenPipeError:
+            mute_stdout()
 
 
 def duration(seconds: float) -> str:
@@ -68,8 +64,9 @@ def describe(parts: Parts) -> list[str]:
         f'batch    {layout.global_batch} = micro-batch {layout.micro_batch} × {layout.replicas} replicas × '
         f'accumulation {layout.accumulation}; {parts.total_steps:,} updates',
         *_stages(parts),
-        f'numbers  {policy.name} ({policy.compute} compute, {policy.master} weights, '
-        f'{config.precision.rounding} rounding), {config.optimizer.name}',
+        f'numbers  {policy.name} ({policy.compute} compute, {policy.master} weights'
+        + (f', {config.precision.rounding} rounding' if policy.rounds else '')
+        + f'), {config.optimizer.name}',
         f'devices  {len(parts.grid.devices)} × {device.device_kind} ({device.platform})'
         + (f' in {layout.processes} processes' if layout.processes > 1 else '')
         + f', jax {jax.__version__}',
@@ -175,8 +172,10 @@ class Report:
 
     def close(self) -> None:
         """Writes what is left and closes the files."""
-        self._events.close()
-        self._file.close()
+        try:
+            self._events.close()
+        finally:
+            self._file.close()
 
     def _line(self, values: dict[str, float], evaluation: dict[str, float] | None) -> str:
         step, width = values['step'], len(str(self._total_steps))

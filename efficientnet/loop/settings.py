@@ -6,16 +6,12 @@ silently ignored.
 """
 
 import dataclasses
-import json
-import pathlib
 from typing import Any
 
 import ml_collections
 
 from configs import base
 from efficientnet.errors import ConfigError
-
-CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'  # in the folder of a run
 
 # These may change when a run is resumed: they say where and how it runs, not what it computes. (Except that
 # images are mixed within a micro-batch, and batch norm takes its statistics there.)
@@ -54,19 +50,25 @@ def flatten(config: ml_collections.ConfigDict | dict, prefix: str = '') -> dict[
     return flat
 
 
-def read_stored(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns the nested fields of the run in a folder.
+def config_of(fields: dict[str, Any], where: str) -> ml_collections.ConfigDict:
+    """Returns the config with the flat fields of a run; what an older run lacks is as in configs/base.py.
+
+    Args:
+        fields: Of the run.
+        where: They were found, for a message.
 
     Raises:
-        ConfigError: The file is damaged.
+        ConfigError: A field is unknown or of another type.
     """
+    config = base.get_config()
+    unknown = sorted(fields.keys() - flatten(config).keys())
+    if unknown:
+        raise ConfigError(f'{where} has fields that are not in configs/base.py: {", ".join(unknown)}')
     try:
-        found = json.loads((workdir / CONFIG).read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f'{type(found).__name__} instead of fields')
-        return found
-    except (OSError, ValueError) as error:
-        raise ConfigError(f'{workdir / CONFIG} is damaged ({error}); restore it or give another folder') from error
+        config.update_from_flattened_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'{where} has a field of another type than configs/base.py: {error}') from error
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,7 @@ def check_resumable(stored: dict[str, Any], config: dict[str, Any], workdir: str
         free -= {'micro_batch'}
     if config.get('model.batch_norm_sync'):
         free -= {'replicas'}
+    stored = flatten(base.get_config()) | stored  # what an older run lacks is as it was then
     names = sorted((stored.keys() | config.keys()) - free)
     absent = object()
     changed = [name for name in names if stored.get(name, absent) != config.get(name, absent)]

@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import ml_collections
 
-from efficientnet.errors import ConfigError, DivergedError
+from efficientnet.errors import ConfigError, DivergedError, RunError
 from efficientnet.loop.assemble import Parts, assemble
 from efficientnet.loop.checkpoints import Checkpoints
 from efficientnet.loop.evaluation import run_evaluation
+from efficientnet.loop.files import CHECKPOINTS, write_json
+from efficientnet.loop.host_memory import make_room
 from efficientnet.loop.interrupt import Interrupt, Interrupted
 from efficientnet.loop.programs import compile_programs
-from efficientnet.loop.reporting import Clock, Report, describe, duration, evaluation_text, say, write_json
-from efficientnet.loop.settings import CHECKPOINTS
+from efficientnet.loop.reporting import Clock, Report, describe, duration, evaluation_text, say
 from efficientnet.loop.workdir import claim, has_checkpoint, stored_config, writing
 from efficientnet.parallel import processes
 from efficientnet.parallel.layout import largest_replicas
@@ -45,8 +46,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     with contextlib.ExitStack() as stack, Interrupt() as interrupt:
         start = processes.from_first(lambda: _start(parts, workdir))
         processes.from_first(lambda: stack.enter_context(claim(workdir, parts)))
-        run = Run(parts, workdir, interrupt)
-        try:
+        with Run(parts, workdir, interrupt) as run:
             run.restore()
             if run.finished():
                 say(f'nothing left to do: {workdir} holds the finished run')
@@ -54,8 +54,6 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
                 run.compile(start=start)
                 run.loop()
             return run.summarise()
-        finally:
-            run.close()
 
 
 def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) -> dict[str, float]:
@@ -76,17 +74,13 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
         config.augment.mixup_alpha = config.augment.cutmix_probability = 0.0  # nothing is mixed with micro_batch=1
     parts = _assemble(config)
     processes.from_first(lambda: check_classes(workdir, facts_of(parts.train_source)))
-    with Interrupt() as interrupt:
-        run = Run(parts, workdir, interrupt, owner=False)
-        try:
-            run.restore()
-            if not run.position:
-                raise processes.agreed(ConfigError(f'{workdir} has no checkpoint to evaluate; train first'))
-            run.compile(update=False)
-            if not run.evaluate():
-                raise processes.agreed(Interrupted(interrupt.number))
-        finally:
-            run.close()
+    with Interrupt() as interrupt, Run(parts, workdir, interrupt, owner=False) as run:
+        run.restore()
+        if not run.position:
+            raise processes.agreed(ConfigError(f'{workdir} has no checkpoint to evaluate; train first'))
+        run.compile(update=False)
+        if not run.evaluate():
+            raise processes.agreed(Interrupted(interrupt.number))
     say(f'step {run.position}  test accuracy {evaluation_text(run.evaluation)}')
     return run.evaluation
 
@@ -119,7 +113,10 @@ def _start(parts: Parts, workdir: pathlib.Path) -> Tree | None:
 
 
 class Run:
-    """A run in progress: the state on the grid, the position in the stream of batches, and the books kept."""
+    """A run in progress: the state on the grid, the position in the stream of batches, and the books kept.
+
+    Used as a context manager, which closes its files and threads.
+    """
 
     def __init__(self, parts: Parts, workdir: pathlib.Path, interrupt: Interrupt, *, owner: bool = True) -> None:
         self.parts, self.workdir, self._interrupt = parts, workdir, interrupt
@@ -136,7 +133,7 @@ class Run:
         self._others_leave = False  # some process was asked to, before the update whose metrics were read last
 
     def _open_checkpoints(self, owner: bool) -> None:
-        with writing(self.workdir, 0):
+        with writing(self.workdir):
             self._checkpoints = Checkpoints(self.workdir / CHECKPOINTS, self.parts.config.checkpoint.keep, owner=owner)
 
     def restore(self) -> None:
@@ -166,6 +163,7 @@ class Run:
         self._programs = self._interrupt.run(
             lambda: compile_programs(self.parts, update=update, initial=initial, start=start)
         )
+        make_room(self._programs.temporaries)  # in this thread, which calls them
         if initial:
             self._state = self.parts.grid.place(self._programs.initial)
         self._clock.tick('compiling')
@@ -186,8 +184,6 @@ class Run:
             if self._programs.epoch_average and self._epochs(self.position) > self._epochs(self.position - 1):
                 self._state = self._programs.epoch_average(self._state)
             self._round_off()
-        if self._must_leave() and self.position < parts.total_steps:
-            self._leave()
 
     def evaluate(self) -> bool:
         """Evaluates the weights and their averages; False if interrupted."""
@@ -252,12 +248,17 @@ class Run:
         )
         return summary
 
-    def close(self) -> None:
-        """Closes files and threads; everything worth keeping has been written before."""
-        if self._checkpoints:
-            self._checkpoints.close()
-        if self._report:
-            self._report.close()
+    def __enter__(self) -> 'Run':
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            with writing(self.workdir, self._saved_at), contextlib.ExitStack() as stack:
+                for part in filter(None, (self._report, self._checkpoints)):
+                    stack.callback(part.close)
+        except RunError:
+            if kind is None:
+                raise  # else a full disk, say, has been told of by what failed first
 
     def _open_books(self) -> None:
         """Makes ready what process 0 writes to while the run goes on."""
@@ -288,7 +289,9 @@ class Run:
             self._leave()
         if evaluates and self.evaluation['test_accuracy'] > self._best['accuracy']:
             self._best = {'accuracy': self.evaluation['test_accuracy'], 'step': position}
-            saves = self._saved_at != position
+            saves = True
+        # An evaluation that was cut off, and is made up for, belongs to the checkpoint that was saved instead.
+        saves = saves or (evaluates and self._saved_at == position)
         self._clock.tick()
 
         def write() -> None:
@@ -312,10 +315,13 @@ class Run:
             self._report.add(metrics)
         limit, in_row = self.parts.config.precision.max_skipped, int(metrics['skipped_in_row'])
         if in_row >= limit:
+            start = ''
+            if self._saved_at:
+                start = f'; --config.init_from={self.workdir} starts there from the weights of step {self._saved_at}'
             error = DivergedError(
                 f'{in_row} updates in a row were not finite (precision.max_skipped={limit}), the last at step '
-                f'{self.position}; lower optimizer.rate_per_example or precision.initial_loss_scale; '
-                f'the newest checkpoint in {self.workdir} is of step {self._saved_at}'
+                f'{self.position}; lower optimizer.rate_per_example or precision.initial_loss_scale in another '
+                f'--workdir{start}'
             )
             raise processes.agreed(error)
 
@@ -346,8 +352,9 @@ class Run:
             'best': self._best,
             'clock': self._clock.facts(),
         }
+        state = self._fetch()
         with writing(self.workdir, self._saved_at):
-            self._checkpoints.save(self.position, self._fetch(), facts, accuracy)
+            self._checkpoints.save(self.position, state, facts, accuracy)
 
     def _fetch(self) -> TrainState:
         """Copies the plain state to the host."""

@@ -13,8 +13,8 @@ import ml_collections
 
 from efficientnet.errors import ConfigError, RunError
 from efficientnet.loop.assemble import Parts
-from efficientnet.loop.reporting import write_json
-from efficientnet.loop.settings import CHECKPOINTS, CONFIG, check_resumable, flatten, read_stored
+from efficientnet.loop.files import CHECKPOINTS, CONFIG, disk_problem, read_stored, write_json
+from efficientnet.loop.settings import check_resumable, config_of, flatten
 from efficientnet.weights.dataset_facts import check_classes, facts_of, write_facts
 
 
@@ -41,15 +41,19 @@ def claim(workdir: pathlib.Path, parts: Parts) -> Iterator[None]:
             check_resumable(flatten(read_stored(workdir)), flatten(config), str(workdir))
         check_classes(workdir, facts_of(parts.train_source))
         _check_room(workdir, parts)
-        with writing(workdir, 0):
+        with writing(workdir):
             write_json(workdir / CONFIG, config)
             write_facts(workdir, facts_of(parts.train_source))
         yield
 
 
 @contextlib.contextmanager
-def writing(workdir: pathlib.Path, saved_at: int) -> Iterator[None]:
+def writing(workdir: pathlib.Path, saved_at: int = 0) -> Iterator[None]:
     """Turns a full or failing disk into one line that says what is safe.
+
+    Args:
+        workdir: Where something is written.
+        saved_at: Position of the newest checkpoint; 0 = there is none, or it is not in question.
 
     Raises:
         RunError: Writing failed for lack of room or permission.
@@ -60,18 +64,10 @@ def writing(workdir: pathlib.Path, saved_at: int) -> Iterator[None]:
         reason = disk_problem(error)
         if reason is None:
             raise
-        raise RunError(
-            f'writing to {workdir} failed: {reason}; the checkpoint of step {saved_at} is safe: make room, then '
-            'the same command goes on from there'
-        ) from error
-
-
-def disk_problem(error: Exception) -> str | None:
-    """Returns what is wrong with the disk, or None if the error is of something else."""
-    # TensorStore reports a full disk as a ValueError with such a text.
-    if isinstance(error, OSError) or 'No space left' in str(error) or 'RESOURCE_EXHAUSTED' in str(error):
-        return getattr(error, 'strerror', None) or 'No space left on device'
-    return None
+        safe = f'the checkpoint of step {saved_at} is safe: ' if saved_at else ''
+        remedy = 'make room' if 'space' in reason or 'quota' in reason else 'see to that'
+        failed = f'writing to {workdir} failed: {reason}'
+        raise RunError(f'{failed}; {safe}{remedy}, then the same command goes on') from error
 
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:
@@ -83,11 +79,11 @@ def stored_config(workdir: pathlib.Path, given: ml_collections.ConfigDict | None
     """Returns the config to evaluate a run with: the one given, checked against the run's, or the run's own.
 
     Raises:
-        ConfigError: There is no run, or it has another config.
+        ConfigError: There is no run, it has another config, or one that cannot be.
     """
     if not (workdir / CONFIG).exists():
         raise ConfigError(f'--workdir={workdir} holds no run: there is no {CONFIG} in it')
-    stored = ml_collections.ConfigDict(read_stored(workdir), convert_dict=True)
+    stored = config_of(flatten(read_stored(workdir)), str(workdir / CONFIG))
     if given is None:
         return stored.lock()
     before = flatten(stored)
@@ -102,7 +98,7 @@ def _check_room(workdir: pathlib.Path, parts: Parts) -> None:
     """Raises ConfigError if the checkpoints to keep, the best, and one being written don't fit on the disk."""
     leaves = jax.tree.leaves(parts.state_shapes())
     one = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-    there = sum(path.stat().st_size for path in workdir.rglob('*') if path.is_file())
+    there = sum(path.stat().st_size for path in (workdir / CHECKPOINTS).rglob('*') if path.is_file())
     needed = one * (parts.config.checkpoint.keep + 2) - there
     free = shutil.disk_usage(workdir).free
     if free < needed:

@@ -91,7 +91,7 @@ class Layers(nn.Module):
         """Group or batch norm, and the activation if wanted."""
         swish = activate and self.activation == 'swish'
         if self.norm == 'group':
-            groups = max(x.shape[3] // self.norm_group_size, 1) if self.norm_group_size else self.norm_groups
+            groups = self._norm_groups(name, x.shape[3])
             x = GroupNorm(groups, self.norm_layout, self.epsilon, swish=swish, name=name)(x)
         elif self.norm == 'batch':
             train = train and f'{self.name}/{name}' not in self.frozen_norms
@@ -99,6 +99,12 @@ class Layers(nn.Module):
         else:
             x = Shift(swish, name=name)(x)
         return self.activate(x) if activate and not swish else x
+
+    def _norm_groups(self, name: str, channels: int) -> int:
+        size = self.norm_group_size
+        if size and channels % size:
+            raise ConfigError(f'norm_group_size={size} must divide the {channels} channels of {self.name}/{name}')
+        return channels // size if size else self.norm_groups
 
     def activate(self, x: Array) -> Array:
         """Swish or ReLU6."""

@@ -115,7 +115,6 @@ class ModelSpec:
         head_channels: output channels of the head's 1x1 convolution.
         classes: number of logits.
         dropout: dropout rate before the classifier.
-        resolution: the variant's native image side in pixels.
         activation: 'swish' or 'relu6', throughout.
     """
 
@@ -126,7 +125,6 @@ class ModelSpec:
     head_channels: int
     classes: int
     dropout: float
-    resolution: int
     activation: str = 'swish'
 
 
@@ -222,7 +220,6 @@ def model_spec(
         head_channels=HEAD_CHANNELS if base.lite else rounded(HEAD_CHANNELS),
         classes=classes,
         dropout=dropout,
-        resolution=base.resolution,
         activation=activation,
     )
 

@@ -50,9 +50,10 @@ class LossScale:
         for field in ('initial', 'factor', 'min', 'max'):
             value = getattr(self, field)
             if not 0 < value < math.inf or math.frexp(value)[0] != 0.5:
-                raise ConfigError(f'{field}={value} of the loss scale must be a power of two, such as 128')
+                name = 'precision.initial_loss_scale' if field == 'initial' else f'{field} of the loss scale'
+                raise ConfigError(f'{name}={value} must be a power of two, such as 128')
         if not self.min <= self.initial <= self.max:
-            raise ConfigError(f'initial={self.initial} of the loss scale must lie in {self.min} … {self.max}')
+            raise ConfigError(f'precision.initial_loss_scale={self.initial} must lie in {self.min} … {self.max}')
         if self.factor <= 1 or self.growth_interval < 1:
             raise ConfigError(
                 f'factor={self.factor} and growth_interval={self.growth_interval} of the loss scale '

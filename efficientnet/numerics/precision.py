@@ -43,6 +43,11 @@ class Policy:
     state: np.dtype
     average: np.dtype = FP32
 
+    @property
+    def rounds(self) -> bool:
+        """Whether what an update computes is rounded to be stored."""
+        return FP32 not in (self.master, self.state)
+
 
 POLICIES = {
     chosen.name: chosen

@@ -11,10 +11,9 @@ stages sit next to each other, in one process.
 import dataclasses
 
 from efficientnet.errors import ConfigError
-from efficientnet.parallel.pipeline import SCHEDULES
+from efficientnet.parallel.stages import check_kinds
 
 AXIS = 'grid'
-RECOMPUTE = ('none', 'block', 'stage')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Layout:
         accumulation: Micro-batches a replica computes in one weight update.
         splits: First block of every stage but the first.
         schedule: When the stages work on which micro-batch, a key of `pipeline.SCHEDULES`.
-        recompute: What the backward computes again instead of having kept it, one of `RECOMPUTE`.
+        recompute: What the backward computes again instead of having kept it, a key of `stages.PASSES`.
         processes: Among which the replicas are shared out evenly.
     """
 
@@ -77,6 +76,9 @@ class TooManyReplicasError(ConfigError):
         super().__init__(message)
         self.devices = devices
 
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.devices)  # goes from process to process
+
 
 def make_layout(
     *,
@@ -111,9 +113,7 @@ def make_layout(
     ):
         if value < least:
             raise ConfigError(f'{field}={value} must be at least {least}')
-    for field, value, known in (('recompute', recompute, RECOMPUTE), ('pipeline', schedule, tuple(SCHEDULES))):
-        if value not in known:
-            raise ConfigError(f'{field}={value!r} is unknown; choose one of {", ".join(known)}')
+    check_kinds(recompute, schedule)
     stages = len(splits) + 1
     room = devices // processes // stages * processes  # a process owns whole replicas
     chosen = not replicas

@@ -34,18 +34,6 @@ class Timetable(NamedTuple):
             depth = max(depth, int(kept.max(initial=0)))
         return depth
 
-    def draw(self) -> str:
-        """Returns one line a stage and one column a tick: 'f2' goes forward, 'b0' backward, '·' rests."""
-        width = 2 * len(f'f{self.forward.max()}')
-        lines = []
-        for stage in range(self.forward.shape[1]):
-            cells = []
-            for f, b in zip(self.forward[:, stage].tolist(), self.backward[:, stage].tolist(), strict=True):
-                cell = (f'f{f}' if f != NONE else '') + (f'b{b}' if b != NONE else '')
-                cells.append((cell or '·').ljust(width))
-            lines.append(f'stage {stage}  ' + ' '.join(cells).rstrip())
-        return '\n'.join(lines)
-
 
 def grouped(stages: int, count: int) -> Timetable:
     """All stages busy at once: `count` + 2 (stages − 1) ticks.

@@ -14,6 +14,7 @@ import os
 import pickle
 import secrets
 import selectors
+import signal
 import socket
 import struct
 import sys
@@ -28,8 +29,7 @@ import numpy as np
 from jax._src import distributed  # the coordinator's address and its key-value store have no public name
 from jax.experimental import multihost_utils
 
-from efficientnet.errors import ConfigError, RunError
-from input_pipeline.errors import DataError
+from efficientnet.errors import MISTAKES, ConfigError, RunError, status
 
 T = TypeVar('T')
 
@@ -49,7 +49,6 @@ DETECTED = (
     ('OMPI_MCA_orte_hnp_uri',),
     ('KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'),
 )
-MISTAKES = (ConfigError, DataError, RunError)  # that a user can mend
 GOODBYE = -1
 MEETING = 'efficientnet/watch'  # key of the port and the token for it
 PATIENCE = 60  # seconds that a process waits for the connection of another that is there
@@ -296,14 +295,16 @@ def _leave_alone(error: BaseException, watch: 'Watch') -> NoReturn:
     """Ends this process in the middle of everything, and tells the others."""
     name = f'process {watch.own}'
     number = getattr(error, 'number', None)  # of a signal
-    if number is not None:
-        text, status = str(error), 128 + number
+    if isinstance(error, KeyboardInterrupt):
+        text, code = 'SIGINT', 128 + signal.SIGINT
+    elif number is not None:
+        text, code = str(error), 128 + number
     elif isinstance(error, MISTAKES):
-        text, status = f'error: {" ".join(str(error).split())}', 2
+        text, code = f'error: {" ".join(str(error).split())}', status(error)
     else:
-        text, status = ''.join(traceback.format_exception(error)), 1
+        text, code = ''.join(traceback.format_exception(error)), 1
     print(f'{name}: {text}', file=sys.stderr, flush=True)
-    watch.leave(watch.own, status)
+    watch.leave(watch.own, code)
 
 
 class Watch:

@@ -29,17 +29,17 @@ import itertools
 import math
 import string
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from efficientnet.errors import ConfigError
 from efficientnet.model.costs import FP32_BYTES, BlockCost
 from efficientnet.model.scaling import ModelSpec, block_names
+from efficientnet.parallel.pipeline import SCHEDULES
 
 if TYPE_CHECKING:
     from efficientnet.numerics.precision import Policy  # imports JAX, which nothing here needs
 
 PASSES = {'none': (3, 3), 'block': (5, 4), 'stage': (4, 3)}  # stages before the last, last stage; see above
-SCHEDULES = ('grouped', 'sequential')
 BUFFERS = {'lars': 1, 'sgd': 1, 'rmsprop': 2}  # numbers of optimizer state a parameter
 PUBLISHED = {'b4': ('block4a',)}  # the reference's splits for its own run, group size 16
 
@@ -94,8 +94,15 @@ def storage_of(policy: 'Policy', optimizer: str, averages: int = 0) -> Storage:
     return Storage(*sizes, BUFFERS[optimizer], averages)
 
 
+def check_kinds(recompute: str, schedule: str) -> None:
+    """Raises ConfigError unless both are known."""
+    for field, value, known in (('recompute', recompute, PASSES), ('pipeline', schedule, SCHEDULES)):
+        if value not in known:
+            raise ConfigError(f'{field}={value!r} is unknown; choose one of {", ".join(known)}')
+
+
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class StageCost:
     """What one stage does with a micro-batch, and what its device holds.
 
     Attributes:
@@ -152,6 +159,49 @@ def check_splits(spec: ModelSpec, splits: Sequence[str]) -> None:
         raise ConfigError(f"{given} must be in the network's order, {','.join(ordered)!r}")
 
 
+def resolve_splits(
+    text: str | Sequence[str], stages: int, spec: ModelSpec, costs: Sequence[BlockCost], **options: Any
+) -> tuple[str, ...]:
+    """Returns the splits that a config's fields `splits` and `stages` ask for together.
+
+    Args:
+        text: As of `parse_splits`.
+        stages: How many there shall be; 1 is also what it is where only splits are given.
+        spec: The network.
+        costs: Of its blocks, from which 'auto' is balanced.
+        options: Of `balance`.
+
+    Raises:
+        ConfigError: The two disagree, or as the functions that are named.
+    """
+    splits = parse_splits(text)
+    if splits == 'auto':
+        return balance(costs, stages, **options)
+    check_splits(spec, splits)
+    if stages not in (1, len(splits) + 1):
+        raise ConfigError(
+            f'stages={stages} and splits={",".join(splits)!r} disagree: those make {len(splits) + 1} stages; give one'
+        )
+    return splits
+
+
+def config_options(config: Any, policy: 'Policy', *, pipelined: bool) -> dict[str, Any]:
+    """Returns the options of `stage_table` and `balance` that a config asks for.
+
+    Args:
+        config: With the fields of configs/base.py.
+        policy: That it names.
+        pipelined: Whether it has more than one stage; else no schedule is read.
+    """
+    averages = (config.averaging.epoch_decay > 0) + (config.averaging.update_decay > 0)
+    return {
+        'recompute': config.recompute,
+        'schedule': config.pipeline if pipelined else 'grouped',
+        'micro_batch': config.micro_batch,
+        'storage': storage_of(policy, config.optimizer.name, averages),
+    }
+
+
 def stage_blocks(spec: ModelSpec, splits: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Returns the names of the blocks of each stage.
 
@@ -176,14 +226,14 @@ def stage_table(
     micro_batch: int = 1,
     storage: Storage = DEFAULT_STORAGE,
     seconds: Mapping[str, float] | None = None,
-) -> list[Stage]:
+) -> list[StageCost]:
     """Returns what each stage does and holds.
 
     Args:
         costs: Of all blocks, in order.
         splits: First block of every stage but the first, such as `check_splits` lets pass.
         recompute: A key of `PASSES`.
-        schedule: One of `SCHEDULES`.
+        schedule: A key of `pipeline.SCHEDULES`.
         micro_batch: Images.
         storage: Bytes of numbers.
         seconds: Measured time of each block's forward pass on a micro-batch; counted in place of multiply-adds,
@@ -217,7 +267,7 @@ def balance(
         costs: As in `stage_table`, and so are the options.
         stages: How many there shall be.
         recompute: A key of `PASSES`.
-        schedule: One of `SCHEDULES`.
+        schedule: A key of `pipeline.SCHEDULES`.
         micro_batch: Images.
         storage: Bytes of numbers.
         seconds: Measured times of the blocks.
@@ -262,16 +312,14 @@ class _Pipeline:
     seconds: Mapping[str, float] | None
 
     def __post_init__(self) -> None:
-        for field, value, known in (('recompute', self.recompute, PASSES), ('pipeline', self.schedule, SCHEDULES)):
-            if value not in known:
-                raise ConfigError(f'{field}={value!r} is unknown; choose one of {", ".join(known)}')
+        check_kinds(self.recompute, self.schedule)
         if self.micro_batch < 1:
             raise ConfigError(f'micro_batch={self.micro_batch} must be at least 1')
         untimed = [block.name for block in self.costs if self.seconds is not None and block.name not in self.seconds]
         if untimed:
             raise ConfigError(f'seconds must have every block; {", ".join(untimed)} is missing')
 
-    def stage(self, number: int, start: int, stop: int) -> Stage:
+    def stage(self, number: int, start: int, stop: int) -> StageCost:
         """Returns stage `number` if it has the blocks from `start` to before `stop`."""
         blocks, after = self.costs[start:stop], self.stages - 1 - number
         parameters, macs = sum(block.parameters for block in blocks), sum(block.macs for block in blocks)
@@ -284,7 +332,7 @@ class _Pipeline:
         stashed = activations if self.recompute == 'none' else inputs[0] * (number > 0)
         if self.recompute == 'block':
             activations = sum(inputs) + max(k - i for k, i in zip(kept, inputs, strict=True))
-        return Stage(
+        return StageCost(
             blocks=tuple(block.name for block in blocks),
             parameters=parameters,
             macs=macs,

@@ -23,9 +23,10 @@ DEPTHWISE = {'model.norm': 'batch', 'model.group_size': 1, 'model.expand_ratio':
 SIZES = {
     'b0': (224, 0.875), 'b1': (240, 0.882), 'b2': (260, 0.890), 'b3': (300, 0.904),
     'b4': (380, 0.922), 'b5': (456, 0.934), 'b6': (528, 0.942), 'b7': (600, 0.949),
-    'lite0': (224, 0.875), 'lite1': (240, 0.882), 'lite2': (260, 0.890), 'lite3': (300, 0.904), 'lite4': (380, 0.922),
+    'lite0': (224, 0.875), 'lite1': (240, 0.882), 'lite2': (260, 0.890), 'lite3': (280, 0.897), 'lite4': (300, 0.904),
 }  # fmt: skip
 TIMM_SIZES = {'b2': (256, 0.875), 'b3': (288, 0.904), 'b4': (320, 0.875), 'b5': (448, 1.0)}
+TIMM_LITE_SIZES = {'lite3': (300, 0.904), 'lite4': (380, 0.920)}  # with and without tf_
 TORCHVISION_SIZES = {
     'b0': (224, 224 / 256), 'b1': (240, 240 / 256), 'b2': (288, 1.0), 'b3': (300, 300 / 320),
     'b4': (380, 380 / 384), 'b5': (456, 1.0), 'b6': (528, 1.0), 'b7': (600, 1.0),
@@ -80,7 +81,7 @@ def fields_of(scheme: str, name: str) -> Fields:
         )
     lite = variant.startswith('lite')
     fields = {'model.variant': variant, **DEPTHWISE}
-    size, crop = SIZES[variant]
+    size, crop = (TIMM_LITE_SIZES if scheme == 'timm' else {}).get(variant, SIZES[variant])
     if scheme == 'timm' and not found['tf']:
         fields |= PYTORCH | IMAGENET
         size, crop = TIMM_SIZES.get(variant, (size, crop))

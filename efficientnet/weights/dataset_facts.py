@@ -7,7 +7,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from efficientnet.errors import ConfigError
-from efficientnet.loop.reporting import write_json
+from efficientnet.loop.files import write_json
 from input_pipeline import Source
 
 FILE = 'dataset.json'

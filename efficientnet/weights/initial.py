@@ -16,7 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from configs import base
 from efficientnet.errors import ConfigError
 from efficientnet.loop.checkpoints import Checkpoints
-from efficientnet.loop.settings import CHECKPOINTS, CONFIG, flatten, read_stored
+from efficientnet.loop.files import CHECKPOINTS, CONFIG, read_stored
+from efficientnet.loop.settings import flatten
 from efficientnet.parallel.packing import Packings
 
 Tree = Any

@@ -16,9 +16,8 @@ from configs import base
 from efficientnet.errors import ConfigError
 from efficientnet.loop.assemble import assemble, make_model
 from efficientnet.loop.checkpoints import Checkpoints
-from efficientnet.loop.reporting import write_json
-from efficientnet.loop.settings import CHECKPOINTS, CONFIG, flatten
-from efficientnet.loop.workdir import disk_problem
+from efficientnet.loop.files import CHECKPOINTS, CONFIG, disk_problem, write_json
+from efficientnet.loop.settings import config_of
 from efficientnet.model.network import EfficientNet
 from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.parallel.train_state import init_state, unpack_state
@@ -59,7 +58,8 @@ class Trained(NamedTuple):
     def model(self) -> EfficientNet:
         """Returns the network the variables belong to."""
         compute = policy_of(self.config.precision.policy).compute
-        return make_model(self.config.model, len(self.dataset.classes), compute)
+        model = make_model(self.config.model, len(self.dataset.classes), compute)
+        return model.clone(conv_method='auto')  # the run's is of the machine it was trained on
 
 
 def read_run(workdir: pathlib.Path, kind: str = 'raw', *, field: str = '--workdir') -> Trained:
@@ -69,7 +69,7 @@ def read_run(workdir: pathlib.Path, kind: str = 'raw', *, field: str = '--workdi
 
     Args:
         workdir: Of the run.
-        kind: 'raw', 'averaged' (over epochs) or 'update_average'.
+        kind: 'raw', 'averaged' (over epochs), 'update_average', or 'auto': an average if it has one.
         field: What a message calls the folder.
 
     Raises:
@@ -81,7 +81,8 @@ def read_run(workdir: pathlib.Path, kind: str = 'raw', *, field: str = '--workdi
         print(f'{complaint}; taking that of step {found.step}', file=sys.stderr)
     facts = found.facts
     known = facts['evaluation'] if facts['evaluated_at'] == facts['position'] else {}
-    columns = (COLUMNS[kind], *(('test_loss', 'test_top5') if kind == 'raw' else ()))
+    column = COLUMNS[found.kind]
+    columns = (column, *(('test_loss', 'test_top5') if found.kind == 'raw' else ()))
     trained = Trained(
         config=config,
         dataset=read_facts(workdir),
@@ -90,29 +91,12 @@ def read_run(workdir: pathlib.Path, kind: str = 'raw', *, field: str = '--workdi
             for name, arrays in found.variables.items()
             if arrays
         },
-        kind=kind,
+        kind=found.kind,
         step=found.step,
-        evaluation={name.replace(COLUMNS[kind], 'test_accuracy'): known[name] for name in columns if name in known},
+        evaluation={name.replace(column, 'test_accuracy'): known[name] for name in columns if name in known},
     )
     check_shapes(trained, str(workdir))
     return trained
-
-
-def config_of(fields: dict[str, Any], where: str) -> ml_collections.ConfigDict:
-    """Returns the config with the flat fields of a run; what an older run lacks is as in configs/base.py.
-
-    Raises:
-        ConfigError: A field is unknown or of another type.
-    """
-    config = base.get_config()
-    unknown = sorted(fields.keys() - flatten(config).keys())
-    if unknown:
-        raise ConfigError(f'{where} has fields that are not in configs/base.py: {", ".join(unknown)}')
-    try:
-        config.update_from_flattened_dict(fields)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f'{where} has a field of another type than configs/base.py: {error}') from error
-    return config
 
 
 def write_run(dest: pathlib.Path, trained: Trained) -> None:
@@ -164,6 +148,7 @@ def deployed_config(config: ml_collections.ConfigDict, steps: int) -> ml_collect
     """Returns neutral fields but for those that describe the model, its input and its numbers; `steps` updates."""
     kept = base.get_config()
     kept.dataset, kept.image_size, kept.steps = config.dataset, config.image_size, steps
+    kept.replicas = 1  # as many as there are devices for would depend on the machine
     kept.precision.policy, kept.evaluation.batch = config.precision.policy, config.evaluation.batch
     kept.augment.mean, kept.augment.std = tuple(config.augment.mean), tuple(config.augment.std)
     kept.evaluation.crop_ratio, kept.averaging.epoch_decay = config.evaluation.crop_ratio, 0.0

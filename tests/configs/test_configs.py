@@ -175,7 +175,6 @@ def test_rmsprop(variant):
             'model.batch_norm_decay': 0.97,
             'model.survival': 0.8,
             'precision.policy': '16.32',
-            'precision.rounding': 'nearest',
             'optimizer.name': 'rmsprop',
             'optimizer.rate_per_example': 2**-14,
             'optimizer.rms_decay': 0.953125,

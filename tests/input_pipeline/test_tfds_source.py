@@ -139,6 +139,7 @@ def test_too_large_for_memory_is_read_as_records(prepared, monkeypatch):
         ('tiny/regression', 'train', r"'label' must be a tfds.features.ClassLabel"),
         ('tiny/deep', 'train', r"'image' must be a uint8 tfds.features.Image"),
         ('tiny/none', 'train', r"dataset = 'tiny/none': .*none not found"),
+        ('imagenet_tfrecord', 'train', r"'imagenet_tfrecord' is unknown; nearest: .*imagenet_tfrecords"),
         ('cifar01', 'train', r"dataset = 'cifar01' is unknown; nearest: .*cifar10"),
         ('no name!', 'train', r"dataset = 'no name!'"),
     ],

@@ -46,7 +46,7 @@ def test_the_index_of_large_data_is_cached_until_the_files_change(tmp_path, monk
     monkeypatch.setattr(tfrecords, '_index_shard', lambda path, field: np.array([0]))
     for old, new in zip(first, tfrecords.index_shards(paths), strict=True):
         np.testing.assert_array_equal(old, new)
-    assert len(list((tmp_path / 'cache/efficientnet').iterdir())) == 1
+    assert len(list((tmp_path / 'cache/efficientnet-jax').iterdir())) == 1
     os.utime(paths[0], (1, 1))
     assert tfrecords.index_shards(paths)[2].tolist() == [0]
 

@@ -50,7 +50,7 @@ from tests.tiny import tiny_config, tiny_parts
         ({'augment__std': (1.0, float('nan'), 1.0)}, r'augment\.std'),
         ({'augment__mean': (1.0, float('inf'), 1.0)}, r'augment\.mean'),
         ({'precision__policy': '8.8'}, r"precision\.policy='8\.8'"),
-        ({'precision__rounding': 'up'}, r'precision\.rounding'),
+        ({'precision__rounding': 'up', 'precision__policy': '16.16'}, r'precision\.rounding'),
         ({'precision__loss_scale': 'auto'}, r'precision\.loss_scale'),
         ({'precision__max_skipped': 0}, r'precision\.max_skipped=0'),
         ({'optimizer__name': 'adam'}, r"optimizer\.name='adam'"),
@@ -78,11 +78,19 @@ from tests.tiny import tiny_config, tiny_parts
         ({'augment__label_smoothing': 1.0}, r'augment\.label_smoothing'),
         ({'input__prefetch': 0}, r'input\.prefetch'),
         ({'input__damaged_limit': -1}, r'input\.damaged_limit'),
-        ({'input__resize': 'nearest'}, r'input\.resize'),
+        ({'input__resize': 'nearest', 'image_size': 9}, r'input\.resize'),
         ({'input__test_dataset': 'no_such_dataset'}, 'no_such_dataset'),
         ({'augment__crop': 'distorted', 'augment__crop_area': (0.5, 0.1)}, r'augment\.crop_area'),
         ({'evaluation__crop_ratio': 2.0}, r'evaluation\.crop_ratio'),
         ({'checkpoint__keep': 0}, r'checkpoint\.keep'),
+        ({'optimizer__name': 'rmsprop', 'optimizer__rms_decay': 1.0}, r'optimizer\.rms_decay=1\.0'),
+        ({'schedule__end_ratio': -1.0}, r'schedule\.end_ratio=-1\.0'),
+        ({'schedule__power': -1.0}, r'schedule\.power=-1\.0'),
+        ({'schedule__kind': 'exponential', 'schedule__decay_rate': -0.5}, r'schedule\.decay_rate=-0\.5'),
+        ({'schedule__kind': 'exponential', 'schedule__decay_every': '0 epochs'}, r'schedule\.decay_every=0'),
+        ({'model__norm_group_size': -8}, r'model\.norm_group_size=-8'),
+        ({'model__norm_group_size': 16}, r'norm_group_size=16 must divide the 8 channels of stem/norm'),
+        ({'precision__initial_loss_scale': 100.0}, r'precision\.initial_loss_scale=100\.0 must be a power of two'),
     ],
 )
 def test_one_line_that_names_the_field(changes, message):
@@ -107,11 +115,21 @@ def test_one_line_that_names_the_field(changes, message):
         {'input__test_dir': 'elsewhere'},
         {'evaluation__crop_ratio': 0.5},
         {'augment__crop_area': (0.5, 1.0)},
+        {'input__dir': '/photos'},  # the digits are in no folder
+        {'precision__rounding': 'nearest'},  # under 32.32
+        {'input__damaged_limit': 3},
+        {'input__resize': 'area'},
     ],
 )
 def test_fields_that_nothing_reads(changes):
     with pytest.raises(ConfigError, match='nothing reads these fields'):
         assemble(tiny_config(**changes))
+
+
+def test_what_happens_every_so_often_happens():
+    """A data set of less than one batch still has checkpoints on the way."""
+    parts = tiny_parts(blocks=1, global_batch=2000, micro_batch=1000, checkpoint__every='1 epochs', log_every='0 steps')
+    assert (parts.checkpoint_every, parts.log_every) == (1, 0)
 
 
 def test_b6_cannot_have_groups_of_16():

@@ -1,11 +1,13 @@
 """Checkpoints: bit-exact, newest and best kept, damage found and stepped over."""
 
 import pathlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from efficientnet.errors import ConfigError
@@ -117,6 +119,29 @@ def test_an_unfinished_save_is_no_checkpoint(tmp_path):
     assert again.positions() == [1]
     again.close()
     assert not leftover.exists()
+
+
+def test_one_in_the_place_of_another(tmp_path, checkpoints):
+    checkpoints.save(1, state(1), {}, None)
+    checkpoints.save(2, state(2), {}, None)
+    checkpoints.save(2, state(3), {'evaluated': True}, 0.9)
+    found, facts, _ = checkpoints.restore_newest(state(0))
+    assert_same(found, state(3))
+    assert facts['evaluated']
+    for position in (4, 5, 6):
+        checkpoints.save(position, state(position), {}, 0.5)
+    assert checkpoints.positions() == [2, 5, 6]  # it is the best now
+    assert all(path.name.isdigit() for path in (tmp_path / 'checkpoints').iterdir())
+
+
+def test_a_death_while_one_takes_the_place_of_another(tmp_path, checkpoints):
+    checkpoints.save(2, state(2), {}, None)
+    dies = mock.patch.object(ocp.CheckpointManager, 'save', side_effect=KeyboardInterrupt)
+    with dies, pytest.raises(KeyboardInterrupt):
+        checkpoints.save(2, state(3), {}, None)
+    again = Checkpoints(tmp_path / 'checkpoints', keep=2)
+    assert_same(again.restore_newest(state(0))[0], state(2))
+    again.close()
 
 
 def test_keep_must_be_positive(tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 
 from efficientnet.errors import ConfigError
-from efficientnet.loop.durations import to_steps
+from efficientnet.loop.durations import to_interval, to_steps
 
 
 def steps(text, total=1000):
@@ -27,6 +27,14 @@ def steps(text, total=1000):
 )
 def test_conversion(text, expected):
     assert steps(text) == expected
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [('1 epochs', 208), ('0.001 epochs', 1), ('1 examples', 1), ('0.01 %', 1), ('0 epochs', 0), ('0.0 steps', 0)],
+)
+def test_an_interval_is_never_rounded_to_never(text, expected):
+    assert to_interval('log_every', text, num_examples=1281167, global_batch=6144, total_steps=1000) == expected
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from efficientnet.loop.reporting import COLUMNS, Clock, Report, describe, duration, evaluation_text, write_json
+from efficientnet.loop.reporting import COLUMNS, Clock, Report, describe, duration, evaluation_text
 from tests.tiny import tiny_parts
 
 
@@ -121,13 +121,12 @@ def test_clock_leaves_compilation_out_and_survives(monkeypatch):
     assert (again.seconds, again.compiling, again.training, again.steps) == (19.0, 10.0, 8.0, 6)
 
 
-def test_json_is_whole_or_absent(tmp_path):
-    write_json(tmp_path / 'a.json', {'x': 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / 'a.json', {'x': object()})
-    assert json.loads((tmp_path / 'a.json').read_text()) == {'x': 1}
-
-
 def test_evaluation_text():
     text = evaluation_text({'test_accuracy': 0.975, 'test_top5': 0.999, 'test_accuracy_averaged': 0.98})
     assert text == '97.50% (top 5 99.90%, averaged 98.00%)'
+
+
+def test_rounding_is_said_of_what_is_rounded():
+    said = ['\n'.join(describe(tiny_parts(blocks=1, precision__policy=policy))) for policy in ('16.16', '16.32')]
+    assert 'float16 weights, stochastic rounding), lars' in said[0]
+    assert 'float32 weights), lars' in said[1]

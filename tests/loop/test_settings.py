@@ -2,7 +2,7 @@ import pytest
 
 from configs import base
 from efficientnet.errors import ConfigError
-from efficientnet.loop.settings import RESUMABLE, Fields, check_known, check_resumable, check_used, flatten
+from efficientnet.loop.settings import RESUMABLE, Fields, check_known, check_resumable, check_used, config_of, flatten
 
 
 def test_flatten_makes_tuples_json():
@@ -40,6 +40,23 @@ def test_a_changed_field_that_nothing_reads():
         check_used(fields)
     assert fields.optimizer.rms_decay == 0.5
     check_used(fields)
+
+
+def test_a_run_from_before_a_field_goes_on():
+    stored, now = (flatten(base.get_config()) for _ in range(2))
+    del stored['model.activation']
+    check_resumable(stored, now, 'runs/x')
+    now['model.activation'] = 'relu6'
+    with pytest.raises(ConfigError, match=r"model\.activation: '' there, 'relu6' now"):
+        check_resumable(stored, now, 'runs/x')
+
+
+def test_config_of_what_was_stored():
+    assert config_of({'image_size': 32, 'augment.mean': [1.0, 2.0, 3.0]}, 'config.json').image_size == 32
+    with pytest.raises(ConfigError, match=r'config\.json has fields that are not in configs/base\.py: beta'):
+        config_of({'beta': 1}, 'config.json')
+    with pytest.raises(ConfigError, match=r'config\.json has a field of another type'):
+        config_of({'image_size': '64'}, 'config.json')
 
 
 def test_resumable_fields_exist():

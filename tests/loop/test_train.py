@@ -14,10 +14,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from efficientnet.errors import ConfigError, DivergedError
+from efficientnet.errors import ConfigError, DivergedError, RunError
 from efficientnet.loop.assemble import assemble
 from efficientnet.loop.checkpoints import Checkpoints
 from efficientnet.loop.interrupt import Interrupted
+from efficientnet.loop.reporting import COLUMNS, Report
 from efficientnet.loop.train import Run, evaluate, train
 from efficientnet.parallel.train_state import unpack_state
 from tests.tiny import few_blocks, tiny_config
@@ -164,7 +165,7 @@ def test_a_damaged_checkpoint_costs_only_its_steps(tmp_path, finished, capsys):
 
 
 @pytest.mark.parametrize('interrupted', [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_an_interrupted_evaluation_is_made_up_for(tmp_path, finished, interrupted):
+def test_an_interrupted_evaluation_is_made_up_for(tmp_path, finished, interrupted, capsys):
     """The summary never shows an earlier evaluation in the place of one that was cut off."""
     real, begun = Run.evaluate, []
 
@@ -181,6 +182,9 @@ def test_an_interrupted_evaluation_is_made_up_for(tmp_path, finished, interrupte
     summary = train(tiny_config(**TINY), tmp_path)
     assert summary['test_accuracy'] == finished[1]['test_accuracy']
     assert [row['step'] for row in rows(tmp_path) if row['test_accuracy']] == ['3', '6']
+    capsys.readouterr()
+    train(tiny_config(**TINY), tmp_path)
+    assert 'nothing left to do' in capsys.readouterr().out
 
 
 def test_evaluate_says_nothing_when_interrupted(finished, capsys):
@@ -205,8 +209,26 @@ def test_another_layout_goes_on(tmp_path, finished):
 
 def test_too_many_skipped_updates_stop_the_run(tmp_path):
     changes = {'precision__initial_loss_scale': 2.0**24, 'precision__max_skipped': 2}
-    with pytest.raises(DivergedError, match=r'2 updates in a row were not finite .*newest checkpoint .* of step 0'):
+    with pytest.raises(DivergedError, match=r'2 updates in a row were not finite .* in another --workdir$'):
         train(tiny_config(precision__policy='16.16', **changes), tmp_path)
+
+
+@pytest.mark.skipif(not pathlib.Path('/dev/full').exists(), reason='needs a disk that is full')
+def test_a_disk_that_fills_up_is_one_error(tmp_path):
+    """What is left in a file's buffer fails again when that is closed, and must not take the first error's place."""
+
+    def on_a_full_disk(self, *args, **options):
+        made(self, *args, **options)
+        self._file.close()
+        self._file = open('/dev/full', 'w')  # noqa: SIM115
+        self._csv = csv.DictWriter(self._file, COLUMNS)
+
+    made = Report.__init__
+    full = mock.patch.object(Report, '__init__', on_a_full_disk)
+    with full, pytest.raises(RunError, match=r'No space left on device; make room, then the same command goes on'):
+        train(tiny_config(**TINY), tmp_path)
+    train(tiny_config(**TINY), tmp_path)
+    assert len(rows(tmp_path)) == 4
 
 
 def start(workdir, steps):
@@ -248,5 +270,7 @@ def test_sigkill_and_restart_end_in_the_same_bits(tmp_path, finished, steps):
         wait_for(tmp_path, step, process)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (tmp_path / 'summary.json').exists()
     train(tiny_config(**TINY), tmp_path)
     assert state_bytes(tmp_path) == state_bytes(finished[0])

@@ -6,6 +6,7 @@ import ml_collections
 import pytest
 
 from efficientnet.errors import ConfigError, RunError
+from efficientnet.loop.settings import flatten
 from efficientnet.loop.workdir import claim, stored_config, writing
 from tests.tiny import tiny_config, tiny_parts
 
@@ -21,7 +22,7 @@ def test_config_is_written_and_read_back(tmp_path, parts):
     assert stored['optimizer']['name'] == 'lars'
     assert stored['replicas'] == 1
     found = stored_config(tmp_path / 'a' / 'b', None)
-    assert found.to_dict() == json.loads(json.dumps(parts.config.to_dict()))
+    assert flatten(found) == flatten(parts.config)
     assert stored_config(tmp_path / 'a' / 'b', tiny_config()).seed == 0
 
 
@@ -60,17 +61,47 @@ def test_a_full_disk_before_anything_is_computed(tmp_path, parts, monkeypatch):
         pass
 
 
+def test_only_checkpoints_make_room_for_checkpoints(tmp_path, parts, monkeypatch):
+    usage = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr('efficientnet.loop.workdir.shutil.disk_usage', lambda path: usage)
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'export').write_bytes(bytes(10**7))
+    with pytest.raises(ConfigError, match='MB free'), claim(tmp_path, parts):
+        pass
+    (tmp_path / 'other').rename(tmp_path / 'checkpoints')
+    with claim(tmp_path, parts):
+        pass
+
+
+def test_a_run_from_before_a_field_is_evaluated(tmp_path, parts):
+    with claim(tmp_path, parts):
+        pass
+    stored = json.loads((tmp_path / 'config.json').read_text())
+    del stored['model']['activation']
+    (tmp_path / 'config.json').write_text(json.dumps(stored))
+    assert stored_config(tmp_path, None).model.activation == ''
+    stored['image_size'] = '64'
+    (tmp_path / 'config.json').write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match='of another type'):
+        stored_config(tmp_path, None)
+
+
 @pytest.mark.parametrize(
     'error', [OSError(errno.ENOSPC, 'No space left on device'), ValueError('RESOURCE_EXHAUSTED: write: No space left')]
 )
 def test_a_disk_that_fills_up(tmp_path, error):
-    message = r'No space left on device; the checkpoint of step 7 is safe'
+    message = r'No space left on device; the checkpoint of step 7 is safe: make room, then the same command goes on'
     with pytest.raises(RunError, match=message), writing(tmp_path, 7):
         raise error
+    message = r'No space left on device; make room, then'
+    with pytest.raises(RunError, match=message), writing(tmp_path):
+        raise error
+    with pytest.raises(RunError, match=r'Permission denied; see to that, then'), writing(tmp_path):
+        raise PermissionError(errno.EACCES, 'Permission denied')
 
 
 def test_other_errors_are_not_disk_errors(tmp_path):
-    with pytest.raises(ZeroDivisionError), writing(tmp_path, 0):
+    with pytest.raises(ZeroDivisionError), writing(tmp_path):
         raise ZeroDivisionError
 
 

@@ -10,7 +10,7 @@ import pytest
 from efficientnet.errors import ConfigError
 from efficientnet.model.costs import block_costs
 from efficientnet.model.network import NORMS, EfficientNet
-from efficientnet.model.scaling import block_names, boundary_shape, model_spec
+from efficientnet.model.scaling import VARIANTS, block_names, boundary_shape, model_spec
 
 TINY = functools.partial(model_spec, 'b0', width=0.25, depth=0.3, classes=5)
 
@@ -40,7 +40,7 @@ def shapes_of(spec, norm, blocks=None, size=33, batch=3, dtype=jnp.float32):
 )  # fmt: skip
 def test_whole_networks_at_their_native_resolution(group_size, variant, parameters, mega_macs):
     spec = model_spec(variant, group_size=group_size)
-    costs = block_costs(spec, spec.resolution)
+    costs = block_costs(spec, VARIANTS[variant].resolution)
     assert total(costs, 'parameters') == parameters
     assert round(total(costs, 'macs') / 1e6) == mega_macs
 

@@ -11,7 +11,7 @@ from efficientnet.model.scaling import VARIANTS, block_names, boundary_shape, mo
 
 def test_b4_g16_is_the_reference_network():
     spec = model_spec('b4', group_size=16)
-    assert (spec.stem_channels, spec.head_channels, spec.dropout, spec.resolution) == (48, 1792, 0.4, 380)
+    assert (spec.stem_channels, spec.head_channels, spec.dropout, VARIANTS['b4'].resolution) == (48, 1792, 0.4, 380)
     last_of_stage = {block.name[5]: block for block in spec.blocks}
     assert [b.out_channels for b in last_of_stage.values()] == [24, 32, 56, 112, 160, 272, 448]
     assert [sum(b.name[5] == s for b in spec.blocks) for s in '1234567'] == [2, 4, 4, 6, 6, 8, 2]

@@ -13,9 +13,9 @@ import pytest
 from efficientnet.loop.programs import compile_update
 from efficientnet.model import onednn
 from efficientnet.numerics import random_keys
-from efficientnet.parallel.layout import RECOMPUTE
 from efficientnet.parallel.pipeline import SCHEDULES
 from efficientnet.parallel.residuals import Residuals, largest
+from efficientnet.parallel.stages import PASSES
 from efficientnet.parallel.train_state import pack_state, unpack_state
 from tests.tiny import run_updates, tiny_parts
 
@@ -85,7 +85,7 @@ def test_stages_do_not_change_the_result(stages, replicas, count, recompute, sch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('recompute', RECOMPUTE)
+@pytest.mark.parametrize('recompute', PASSES)
 @pytest.mark.parametrize('schedule', SCHEDULES)
 @pytest.mark.parametrize(('stages', 'replicas'), list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4))))
 def test_no_layout_changes_the_result(stages, replicas, schedule, recompute):
@@ -95,7 +95,7 @@ def test_no_layout_changes_the_result(stages, replicas, schedule, recompute):
         pytest.skip('needs more devices: set TEST_DEVICES=16')
     # A quarter of the whole product: over the replicas, each recomputation and schedule meets every count.
     counts = sorted({1, stages - 1, stages, 2 * stages + 1} - {0})
-    count = counts[(replicas + RECOMPUTE.index(recompute)) % len(counts)]
+    count = counts[(replicas + [*PASSES].index(recompute)) % len(counts)]
     check(stages, replicas, count, recompute=recompute, **({'pipeline': schedule} if stages > 1 else {}))
 
 

@@ -1,9 +1,11 @@
 """Batch arithmetic, against the reference's own table and at its edges."""
 
+import pickle
+
 import pytest
 
 from efficientnet.errors import ConfigError
-from efficientnet.parallel.layout import largest_replicas, make_layout
+from efficientnet.parallel.layout import TooManyReplicasError, largest_replicas, make_layout
 
 
 def layout(**changes):
@@ -81,3 +83,10 @@ def test_largest_replicas(batch, devices, processes, expected):
 def test_no_share_for_a_process():
     with pytest.raises(ConfigError, match='global_batch=7 cannot be shared among 2 processes'):
         largest_replicas(7, 8, 2)
+
+
+def test_too_many_replicas_go_from_process_to_process():
+    with pytest.raises(TooManyReplicasError) as caught:
+        make_layout(global_batch=8, micro_batch=1, replicas=8, splits=(), devices=4, processes=2)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.devices) == (str(caught.value), 8)
