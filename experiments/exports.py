@@ -6,17 +6,19 @@ python -m experiments.exports RUN [--onnx]
 import argparse
 import itertools
 import pathlib
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.export
+import ml_collections
 import numpy as np
 
-import input_pipeline
 from efficientnet.convert import convert
+from efficientnet.errors import one_line
 from efficientnet.export import export
-from efficientnet.loop.settings import flatten, read_stored
+from efficientnet.loop.assemble import Parts, assemble
 from efficientnet.predict import make_probabilities
 from efficientnet.weights.trained import read_run
 
@@ -39,36 +41,62 @@ def reader(path: pathlib.Path, form: str) -> Callable[[np.ndarray], np.ndarray]:
         return lambda images: session.run(None, {given.name: images})[0]
     convert(path, path.with_suffix('.run'))
     trained = read_run(path.with_suffix('.run'))
-    return lambda images: jax.jit(make_probabilities(trained))(trained.variables, images)
+    probabilities = jax.jit(make_probabilities(trained))
+    return lambda images: probabilities(trained.variables, images)
 
 
-def main() -> None:
-    """Exports, measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('run', type=pathlib.Path)
-    parser.add_argument('--onnx', action='store_true', help='with jax2onnx and onnxruntime installed')
-    arguments = parser.parse_args()
-    config = flatten(read_stored(arguments.run))
-    source = input_pipeline.open_source(
-        config['dataset'],
-        config['input.test_split'],
-        config['input.dir'] or None,
-        train_split=config['input.train_split'],
-    )
-    batches = list(input_pipeline.evaluation_batches(source, image_size=config['image_size'], batch=120))
+def accuracy(run: Callable[[np.ndarray], np.ndarray], batches: Iterable[Mapping[str, np.ndarray]]) -> float:
+    """Returns the share of the examples whose likeliest class is theirs, or is in their set of right ones.
+
+    Args:
+        run: As `reader` returns it.
+        batches: Of `input_pipeline.evaluation_batches`.
+    """
+    hits, count = 0, 0
+    for batch in batches:
+        likeliest, label, counted = np.asarray(run(batch['image'])).argmax(1), batch['label'], batch['mask'] > 0
+        right = label[np.arange(len(label)), likeliest] > 0 if label.ndim == 2 else likeliest == label
+        hits += (right & counted).sum()
+        count += counted.sum()
+    return hits / count
+
+
+def assemble_evaluation(config: ml_collections.ConfigDict) -> Parts:
+    """Assembles a run on one device for what --mode=evaluate tests it on, whatever layout it was trained in."""
+    config = config.copy_and_resolve_references()
+    config.micro_batch = config.replicas = config.stages = 1
+    config.splits, config.pipeline = 'auto', 'grouped'
+    config.augment.mixup_alpha = config.augment.cutmix_probability = 0.0  # nothing is mixed with micro_batch=1
+    return assemble(config)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Exports, measures and prints.
+
+    Raises:
+        ConfigError: There is no such run, or it lacks one of the weights.
+        DataError: Its data set is missing or unusable.
+    """
+    parts = assemble_evaluation(read_run(arguments.run, field='RUN').config)
     print('| format | weights | policy | bytes | test accuracy |\n| --- | --- | --- | --- | --- |')
     with tempfile.TemporaryDirectory() as folder:
         for number, (form, kind, policy) in enumerate(ROWS + ONNX * arguments.onnx):
             path = pathlib.Path(folder) / f'{number}.{form}'
             export(arguments.run, path, form, kind, policy)
-            run, hits, count = reader(path, form), 0, 0
-            for batch in batches:
-                counted = batch['mask'] > 0
-                hits += ((np.asarray(run(batch['image'])).argmax(1) == batch['label']) & counted).sum()
-                count += counted.sum()
+            share = accuracy(reader(path, form), parts.evaluation_batches())
             said = policy or 'as in the run'
-            print(f'| {form} | {kind} | {said} | {path.stat().st_size:,} | {hits / count:.2%} |', flush=True)
+            print(f'| {form} | {kind} | {said} | {path.stat().st_size:,} | {share:.2%} |', flush=True)
+
+
+def main(argv: list[str]) -> None:
+    """Measures; whatever is wrong is one line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('run', type=pathlib.Path)
+    parser.add_argument('--onnx', action='store_true', help='with jax2onnx and onnxruntime installed')
+    arguments = parser.parse_args(argv)
+    with one_line():
+        measure(arguments)
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])

@@ -12,9 +12,8 @@ import argparse
 import json
 import sys
 
-from efficientnet.errors import ConfigError, RunError, leave
+from efficientnet.errors import one_line
 from experiments.benchmark import growth, host_input, memory, pipeline, start, train_step
-from input_pipeline.errors import DataError
 
 BENCHMARKS = {
     'train_step': train_step,
@@ -42,11 +41,9 @@ def main(argv: list[str]) -> None:
     """Runs the benchmark that is named; whatever is wrong with its flags is one line."""
     args = vars(parse(argv))
     module, as_json = BENCHMARKS[args.pop('benchmark')], args.pop('json')
-    try:
+    with one_line():
         result = module.run(args)
-    except (ConfigError, DataError, RunError) as error:
-        leave(error)
-    print(json.dumps(result) if as_json else module.show(result))
+        print(json.dumps(result) if as_json else module.show(result))
 
 
 if __name__ == '__main__':

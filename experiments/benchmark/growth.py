@@ -8,17 +8,23 @@ medians count. Each of the four has a process of its own: programs take memory m
 Beside the network there are the optimizer with its rounding and the host. The former, once an update however many
 micro-batches it has, is measured alone in 32.32 and in 16.16 and given as a share of the update of most micro-batches.
 For the latter the loop that training runs, which takes real batches from the input pipeline and reads metrics one
-update late, is compared with the same update called again and again on one batch. The first run compiles for minutes.
+update late, is compared with the same update called again and again on one batch. The loop makes many more updates a
+round than the pipeline has batches ahead, which are thrown away: they were made while others had their turns.
+
+Updates have the convolutions that training would give them. Where oneDNN can be called it has those of images above
+32 pixels and no others, so that points of one axis can differ in it; table and picture tell which do. Its programs
+cannot be cached, and where there are any, every run compiles for minutes.
 """
 
 import argparse
-import itertools
 import pathlib
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from efficientnet.errors import ConfigError
+from experiments.benchmark.host_input import AHEAD, take
 from experiments.benchmark.setup import (
     add_model_flags,
     check_flags,
@@ -41,6 +47,7 @@ AXES = {  # flags that are changed one at a time, the flag with the values of ea
     'model': ('models', 'b0,b1,b2,b3'),
 }
 POLICIES = ('32.32', '16.16')  # that the optimizer is measured in
+LOOPED = 4 * AHEAD  # updates of the training loop that are timed in a round
 TARGETS = {'accumulation': 1.03, 'optimizer': 0.03, 'host': 0.01}  # the largest of each that will do
 
 
@@ -79,20 +86,22 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
     axes = {name: parse_values(name, args[plural]) for name, (plural, _) in AXES.items()}
     if plot and not plot.absolute().parent.is_dir():
         raise ConfigError(f'--plot={plot}: there is no folder {plot.parent}')
-    workers, jobs, work = [], {}, {}
+    workers, jobs, work, methods = [], {}, {}, {}
     try:
         for build, given in ((build_common, ()), *((build_points, (points(name, axes[name]),)) for name in axes)):
             workers.append(Worker(build, args, *given))
             found = workers[-1].answer()
             work |= found['work']
+            methods |= found['methods']
             jobs |= dict.fromkeys(found['jobs'], workers[-1])
         progress(f'{args["rounds"]} rounds …')
         rounds = [{job: worker.run(job)[0] for job, worker in jobs.items()} for _ in range(-1, args['rounds'])]
     finally:
         for worker in workers:
             worker.stop()
-    seconds = {job: statistics.median(each[job] for each in rounds[1:]) / args['steps'] for job in jobs}
-    result = summary(args, axes, seconds, work)
+    updates = dict.fromkeys(jobs, args['steps']) | {'loop': LOOPED}
+    seconds = {job: statistics.median(each[job] for each in rounds[1:]) / updates[job] for job in jobs}
+    result = summary(args, axes, seconds, work, methods)
     if plot:
         draw(result, plot)
     return result
@@ -131,11 +140,11 @@ def build_common(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
     start = jax.device_get(parts.init_state())
     jobs = {
         'common': _updates(parts, start, args['steps']),
-        'loop': _updates(parts, start, args['steps'], loop=True),
+        'loop': _loop(parts, start),
     }
     for policy in POLICIES:
         jobs[_optimizer_name(policy)] = repeat(make_weight_update(_parts(args, policy=policy)), args['steps'])
-    return _ready(jobs), {'work': {'common': _work(parts)}}
+    return _ready(jobs), {'work': {'common': _work(parts)}, 'methods': {'common': parts.model.conv_method}}
 
 
 def build_points(args: Mapping[str, Any], axis: Sequence[Point]) -> tuple[Jobs, dict[str, Any]]:
@@ -143,17 +152,21 @@ def build_points(args: Mapping[str, Any], axis: Sequence[Point]) -> tuple[Jobs, 
     start_jax(1)
     import jax
 
-    jobs, work = {}, {}
+    jobs, work, methods = {}, {}, {}
     for point in axis:
         progress(f'compiling {point} …')
         parts = _parts(args, **{point.flag: point.value})
         jobs[str(point)] = _updates(parts, jax.device_get(parts.init_state()), args['steps'])
-        work[str(point)] = _work(parts)
-    return _ready(jobs), {'work': work}
+        work[str(point)], methods[str(point)] = _work(parts), parts.model.conv_method
+    return _ready(jobs), {'work': work, 'methods': methods}
 
 
 def summary(
-    args: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], seconds: Mapping[str, float], work: Mapping[str, float]
+    args: Mapping[str, Any],
+    axes: Mapping[str, Sequence[Any]],
+    seconds: Mapping[str, float],
+    work: Mapping[str, float],
+    methods: Mapping[str, str],
 ) -> dict[str, Any]:
     """Returns what the benchmark found.
 
@@ -162,6 +175,7 @@ def summary(
         axes: Values by flag.
         seconds: Of an update by job; of 'loop' with what the host does, of the others without.
         work: Multiply-adds of an update, by job.
+        methods: Formulation of its convolutions, likewise.
     """
     common = seconds['common']
     rows = {
@@ -170,6 +184,7 @@ def summary(
                 'value': value,
                 'seconds': seconds[str(Point(flag, value))],
                 'ideal': common * work[str(Point(flag, value))] / work['common'],
+                'conv_method': methods[str(Point(flag, value))],
             }
             for value in values
         ]
@@ -180,6 +195,7 @@ def summary(
         'benchmark': 'growth',
         'flags': dict(args),
         'seconds': common,
+        'conv_method': methods['common'],
         'axes': rows,
         'accumulation': many['seconds'] / many['value'] / (few['seconds'] / few['value']),
         'optimizer_seconds': {policy: seconds[_optimizer_name(policy)] for policy in POLICIES},
@@ -191,11 +207,12 @@ def summary(
 def show(result: Mapping[str, Any]) -> str:
     """Returns a table of all updates, and what is spent beside the network."""
     lines = [f'{describe(result["flags"])}: {1000 * result["seconds"]:,.1f} ms an update', '']
-    table_rows = [('changed', 'ms an update', 'ideal', 'measured ÷ ideal')]
+    table_rows = [('changed', 'ms an update', 'ideal', 'measured ÷ ideal', 'convolutions')]
     for flag, rows in result['axes'].items():
         for row in rows:
             numbers = (f'{1000 * row["seconds"]:,.1f}', f'{1000 * row["ideal"]:,.1f}')
-            table_rows.append((f'{flag} {row["value"]}', *numbers, f'{row["seconds"] / row["ideal"]:.2f}'))
+            ratio = f'{row["seconds"] / row["ideal"]:.2f}'
+            table_rows.append((f'{flag} {row["value"]}', *numbers, ratio, row['conv_method']))
     lines += [table(table_rows), '']
     counts = [row['value'] for row in result['axes']['accumulation']]
     what = f'a micro-batch of {max(counts)} in an update ÷ one of {min(counts)}'
@@ -209,19 +226,23 @@ def show(result: Mapping[str, Any]) -> str:
 
 
 def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Draws a chart an axis: measured times and the ideal line.
+    """Draws a chart an axis: measured times and the ideal line; rings where convolutions are not the common update's.
 
     Raises:
         ConfigError: The picture cannot be written.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout='constrained')
+    figure, common = Figure(figsize=(9, 6), layout='constrained'), result['conv_method']
     for axes, (flag, rows) in zip(figure.subplots(2, 2).flat, result['axes'].items(), strict=True):
         values = [row['value'] for row in rows]
         places = range(len(values)) if flag == 'model' else values
         axes.plot(places, [1000 * row['ideal'] for row in rows], '--', color='tab:gray', label='ideal')
         axes.plot(places, [1000 * row['seconds'] for row in rows], 'o-', color='tab:blue', label='measured')
+        others = [(place, row) for place, row in zip(places, rows, strict=True) if row['conv_method'] != common]
+        if others:
+            rings = {'color': 'tab:blue', 'markerfacecolor': 'white', 'label': 'with other convolutions'}
+            axes.plot([place for place, _ in others], [1000 * row['seconds'] for _, row in others], 'o', **rings)
         axes.set_yscale('log', base=2)
         if flag != 'model':
             axes.set_xscale('log', base=2)
@@ -253,28 +274,46 @@ def _ready(jobs: Jobs) -> Jobs:
     return jobs
 
 
-def _updates(parts: 'Parts', start: Any, steps: int, *, loop: bool = False) -> Callable[[], None]:
-    """Some weight updates: on one batch of noise, or as the training loop makes them."""
+def _updates(parts: 'Parts', start: Any, steps: int) -> Callable[[], None]:
+    """Some weight updates on one batch of noise."""
+    import jax
+
+    from efficientnet.loop.programs import compile_update
+
+    grid, update = parts.grid, compile_update(parts)
+    state, flag, batch = grid.place(start), grid.flag(False), grid.shard(random_batch(parts))
+
+    def job() -> None:
+        nonlocal state
+        for _ in range(steps):
+            state, metrics = update(state, batch, flag)
+        jax.block_until_ready((state, metrics))
+
+    return job
+
+
+def _loop(parts: 'Parts', start: Any) -> Callable[[], tuple[float]]:
+    """`LOOPED` weight updates as the training loop makes them; the job answers in seconds."""
     import jax
 
     from efficientnet.loop.programs import compile_update
 
     grid, update = parts.grid, compile_update(parts)
     state, flag = grid.place(start), grid.flag(False)
-    if loop:
-        batches = grid.prefetch(parts.train_batches(0), parts.config.input.prefetch)
-    else:
-        batches = itertools.repeat(grid.shard(random_batch(parts)))
+    batches = grid.prefetch(parts.train_batches(0), parts.config.input.prefetch)
 
-    def job() -> None:
+    def job() -> tuple[float]:
         nonlocal state
-        waiting = None
-        for batch in itertools.islice(batches, steps):
-            state, metrics = update(state, batch, flag)
-            if loop and waiting:
-                jax.device_get(waiting)
+        take(batches, AHEAD)
+        # The first has to wait for a batch, however fast they come, now that none is ready.
+        state, waiting = jax.block_until_ready(update(state, next(batches), flag))
+        began = time.perf_counter()
+        for _ in range(LOOPED):
+            state, metrics = update(state, next(batches), flag)
+            jax.device_get(waiting)
             waiting = metrics
         jax.block_until_ready((state, waiting))
+        return (time.perf_counter() - began,)
 
     return job
 

@@ -35,7 +35,7 @@ from experiments.benchmark.setup import progress, start_jax, table
 
 TARGETS = {'tf_data': 1.3, 'torch': 3.0}
 OVERLAP_TARGET = 1.1
-_AHEAD = 8  # batches: more than any of them makes ahead
+AHEAD = 8  # batches: more than any of them makes ahead
 OTHERS = {'torch': 'make bench-setup'}  # what is not installed with requirements.txt, and what installs it
 
 
@@ -79,10 +79,10 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {name: [] for name in pipelines}
         for name, batches in pipelines.items():
             check(name, next(batches), args)
-            take(batches, _AHEAD)  # the first batches pay for the start
+            take(batches, AHEAD)  # the first batches pay for the start
         for number in range(args['rounds']):
             for name, batches in pipelines.items():
-                take(batches, _AHEAD)  # those that were made while another had its turn
+                take(batches, AHEAD)  # those that were made while another had its turn
                 seconds[name].append(take(batches, args['batches']))
             speeds = ', '.join(f'{name} {args["batches"] * args["batch"] / s[-1]:.0f}' for name, s in seconds.items())
             progress(f'round {number + 1} of {args["rounds"]}, images/s: {speeds}')
@@ -245,7 +245,7 @@ def overlap(images: Iterator[np.ndarray], seconds: float, count: int) -> float:
         recompute='none',
     )
     batches = Grid(layout).prefetch(({'image': image} for image in images), 3)
-    take(batches, _AHEAD)
+    take(batches, AHEAD)
     began = time.perf_counter()
     for _ in range(count):
         next(batches)

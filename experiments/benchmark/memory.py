@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from efficientnet.errors import ConfigError, RunError
+from efficientnet.parallel.stages import PASSES
 from experiments.benchmark.setup import (
     MIB,
     add_model_flags,
@@ -31,7 +32,6 @@ from experiments.benchmark.setup import (
     table,
 )
 
-RECOMPUTE = ('none', 'block', 'stage')
 SIZES = ('temp', 'argument', 'output', 'alias')
 
 
@@ -39,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's flags."""
     add_model_flags(parser, model='b4', image_size=380, micro_batch=3, accumulation=8)
     parser.add_argument('--stages', default='1,2,4', help='numbers of stages (%(default)s)')
-    parser.add_argument('--recompute', default=','.join(RECOMPUTE), help='kinds of recomputation (%(default)s)')
+    parser.add_argument('--recompute', default=','.join(PASSES), help='kinds of recomputation (%(default)s)')
 
 
 def run(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def parse_recompute(text: str) -> list[str]:
     """
     kinds = [part.strip() for part in text.split(',')]
     for kind in kinds:
-        if kind not in RECOMPUTE:
-            raise ConfigError(f'--recompute={text!r}: {kind!r} is unknown; choose among {", ".join(RECOMPUTE)}')
+        if kind not in PASSES:
+            raise ConfigError(f'--recompute={text!r}: {kind!r} is unknown; choose among {", ".join(PASSES)}')
     return kinds
 
 

@@ -20,7 +20,9 @@ the slowest of its stages does by itself, and the optimizer's time for the large
 It needs as many idle cores as stages: beside other work the pipeline, which needs all of them at once, looks worse
 than it is. The last lines say what share of a core the one-device process got, and compare one stage with the plain
 step in processor time, which other work hardly changes. Hand-over between processes is dearer than within one,
-some 2 ms a tick, so ticks should take much longer than that. The first run compiles for minutes, later ones do not.
+some 2 ms a tick, so ticks should take much longer than that. Compiling takes minutes: in the first run or, where
+convolutions are oneDNN's (efficientnet/model/onednn.py), whose programs cannot be cached, in every process of every
+run.
 """
 
 import argparse
@@ -55,7 +57,7 @@ TARGETS = {'pipeline': 1.15, 'one_stage': 1.02}  # measured ÷ ideal; one stage 
 IDLE = 0.95  # of a core; below, something else ran on the machine
 
 
-class Work(NamedTuple):
+class StageTime(NamedTuple):
     """What one stage does with a micro-batch, in seconds."""
 
     forward: float  # in the tick of its forward
@@ -90,7 +92,8 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
         pipelined = list(workers)
         workers.append(Worker(build_single, args))
         *_, found = [worker.answer() for worker in workers]
-        workers += [Worker(build_single, args) for _ in range(stages - 1)]  # which find all compiled
+        # After the first, which leaves them what it compiled where that can be cached.
+        workers += [Worker(build_single, args) for _ in range(stages - 1)]
         singles = workers[stages:]
         for worker in singles[1:]:
             worker.answer()
@@ -181,7 +184,7 @@ def summary(
     last = stages - 1
     forward = [times[f'forward_{stage}'] / count for stage in range(last)] + [0.0]
     both = [times[f'both_{stage}'] / count for stage in range(stages)]
-    works = [work(forward[n], both[n], args['recompute'], last=n == last) for n in range(stages)]
+    works = [stage_time(forward[n], both[n], args['recompute'], last=n == last) for n in range(stages)]
     parts = ideal_parts(timing, works, both)
     parts['optimizer'] = times['optimizer'] / count * max(rows) / sum(rows)
     ideal, ticks = sum(parts.values()), len(timing.forward)
@@ -208,7 +211,7 @@ def summary(
     }
 
 
-def work(forward: float, both: float, recompute: str, *, last: bool) -> Work:
+def stage_time(forward: float, both: float, recompute: str, *, last: bool) -> StageTime:
     """Returns what a stage does with a micro-batch and when.
 
     Args:
@@ -218,17 +221,17 @@ def work(forward: float, both: float, recompute: str, *, last: bool) -> Work:
         last: Whether it is the last stage, which does everything at once.
     """
     if last:
-        return Work(0.0, both)
-    return Work(forward, both - forward if recompute == 'none' else both)
+        return StageTime(0.0, both)
+    return StageTime(forward, both - forward if recompute == 'none' else both)
 
 
-def walk(timing: Timetable, works: Sequence[Work]) -> float:
+def walk(timing: Timetable, works: Sequence[StageTime]) -> float:
     """Returns the seconds of a timetable whose every tick lasts as long as the slowest stage is at work in it."""
     forward, backward = np.array(works).T
     return float(((timing.forward != NONE) * forward + (timing.backward != NONE) * backward).max(axis=1).sum())
 
 
-def ideal_parts(timing: Timetable, works: Sequence[Work], both: Sequence[float]) -> dict[str, float]:
+def ideal_parts(timing: Timetable, works: Sequence[StageTime], both: Sequence[float]) -> dict[str, float]:
     """Returns what the walk consists of, in seconds of an update; see the module's docstring.
 
     Args:

@@ -56,7 +56,7 @@ def add_model_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
 
 def check_flags(args: Mapping[str, Any]) -> None:
     """Raises ConfigError for sizes that nothing further on would name by their flag."""
-    for name in ('image_size', 'micro_batch', 'accumulation', 'group_size', 'rounds'):
+    for name in ('image_size', 'micro_batch', 'batch', 'accumulation', 'group_size', 'rounds'):
         if args.get(name, 1) < 1:
             raise ConfigError(f'--{name}={args[name]} must be at least 1')
 
@@ -107,14 +107,11 @@ def start_jax(devices: int, *, threads: bool = True, platform: str = 'cpu', cach
     keep_freed_memory()
     import jax
 
+    from efficientnet.loop.program_cache import keep_programs
+
     jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda,cpu'}[platform])
     jax.config.update('jax_num_cpu_devices', devices)
-    if cache:
-        jax.config.update('jax_compilation_cache_dir', cache)
-    elif not jax.config.jax_compilation_cache_dir:
-        folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'efficientnet-jax' / 'xla'
-        jax.config.update('jax_compilation_cache_dir', str(folder))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+    keep_programs(cache)
     if platform == 'gpu' and jax.default_backend() != 'gpu':  # without its plugin JAX takes the CPU and says nothing
         raise ConfigError('--device=gpu: JAX finds no GPU here; it needs one, and the wheel jax[cuda12] or jax[cuda13]')
 

@@ -6,8 +6,10 @@ answers in bytes, and one for each distinct layer if layers are asked for.
 
 import ctypes
 import functools
+import math
 import pathlib
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -16,11 +18,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from efficientnet.model.costs import block_costs
-from efficientnet.model.scaling import ModelSpec, boundary_shape
+from efficientnet.model.scaling import ModelSpec, boundary_shape, configured_spec
 from experiments.benchmark.setup import make_config, random_batch, start_jax
+from experiments.benchmark.timm_model import CLASSES
 from experiments.benchmark.workers import Jobs, Worker
 
-MATRIX, COPIED = 2048, 2**28  # rows of the square matrices, bytes of the copy, by which a machine's peak is found
+CHANNELS = 3  # of images
+COPIED = 2**28  # bytes of the copy by which a machine's peak is found
+# Rows of the square matrices, likewise, and calls between two looks at the clock: an accelerator that is given one
+# small product at a time rests for most of it.
+PRODUCTS = {'cpu': (2048, 1), 'gpu': (8192, 10)}
 
 
 class Layer(NamedTuple):
@@ -39,10 +46,23 @@ class Layer(NamedTuple):
             return f'norm, swish {image}'
         return f'{image} → {self.outputs}, k{self.kernel} s{self.stride}, {self.groups} groups'
 
+    @property
+    def of_images(self) -> bool:
+        """Whether it is the stem's convolution: training needs no gradient of what comes in, the images."""
+        return self.inputs == CHANNELS
+
+
+def measured_layers(args: Mapping[str, Any]) -> list[Layer]:
+    """Returns the layers of the model that the flags describe, which are the same on both sides; none unless asked."""
+    if not args['layers']:
+        return []
+    return distinct_layers(configured_spec(make_config(args).model, CLASSES), args['image_size'])
+
 
 def distinct_layers(spec: ModelSpec, image_size: int) -> list[Layer]:
-    """Returns the layers of all blocks in order, each shape once."""
-    layers = []
+    """Returns the layers of stem, blocks and head in order, each shape once; of the norms those with swish."""
+    side, channels = -(-image_size // spec.stem_stride), spec.stem_channels
+    layers = [Layer(image_size, CHANNELS, channels, 3, spec.stem_stride), Layer(side, channels, channels)]
     for block in spec.blocks:
         side, _, _ = boundary_shape(spec, block.name, image_size)
         mid, after = block.mid_channels, -(-side // block.stride)
@@ -50,6 +70,8 @@ def distinct_layers(spec: ModelSpec, image_size: int) -> list[Layer]:
             layers += [Layer(side, block.in_channels, mid, 1), Layer(side, mid, mid)]
         layers += [Layer(side, mid, mid, block.kernel, block.stride, block.groups), Layer(after, mid, mid)]
         layers.append(Layer(after, mid, block.out_channels, 1))
+    side, _, channels = boundary_shape(spec, 'head', image_size)
+    layers += [Layer(side, channels, spec.head_channels, 1), Layer(side, spec.head_channels, spec.head_channels)]
     return list(dict.fromkeys(layers))
 
 
@@ -62,7 +84,7 @@ def start(name: str, args: Mapping[str, Any]) -> tuple[Worker, dict[str, Any]]:
     if name.startswith('timm'):
         worker = Worker(build_timm, args)
         return worker, worker.answer()
-    method = 'native' if name == 'native' else 'auto'
+    method = 'native' if name == 'native' else args['conv_method']
     with tempfile.TemporaryDirectory() as cache:
         worker = Worker(build_ours, args, method, cache)
         found = worker.answer() | {'cached_compile_seconds': None}
@@ -73,6 +95,31 @@ def start(name: str, args: Mapping[str, Any]) -> tuple[Worker, dict[str, Any]]:
     return worker, found
 
 
+def measure_peaks(args: Mapping[str, Any]) -> dict[str, float]:
+    """Returns what the device reaches, in a process that ends: what it takes is in no side's memory."""
+    worker = Worker(build_peaks, args)
+    try:
+        found = worker.answer()
+    finally:
+        worker.stop()
+    return {name: found[name] for name in ('peak_flops', 'peak_bandwidth')}
+
+
+def build_peaks(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, float]]:
+    """FLOP/s of a matrix product and bytes a second of a copy (read and written), the best of ten."""
+    start_jax(1, platform=args['device'])
+    import jax
+
+    from efficientnet.numerics.precision import policy
+
+    rows, calls = PRODUCTS[args['device']]
+    matrix = jax.numpy.ones((rows, rows), policy(args['policy']).compute)
+    large = jax.numpy.ones(COPIED // 4, jax.numpy.float32)
+    product = _best_seconds(jax.jit(jax.numpy.matmul), calls, matrix, matrix)
+    copy = _best_seconds(jax.jit(lambda x: x + 1.0), calls, large)
+    return {}, {'peak_flops': 2 * rows**3 / product, 'peak_bandwidth': 2 * COPIED / copy}
+
+
 def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, dict[str, Any]]:
     """This project's side, with a formulation of the spatial convolutions and a folder of compiled programs."""
     start_jax(1, platform=args['device'], cache=cache)
@@ -81,11 +128,9 @@ def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, 
     from efficientnet.loop.assemble import assemble
     from efficientnet.loop.host_memory import give_back_freed_memory, make_room
     from efficientnet.loop.programs import compile_evaluate, compile_gather, compile_update, largest_temporaries
-    from efficientnet.numerics.precision import policy
     from input_pipeline.sources import ArraySource
 
-    peaks = _peaks(policy(args['policy']).compute)
-    _reset_peak()
+    jax.block_until_ready(jax.numpy.ones(()) + 1)  # JAX starts when it is first used, which counts as importing it
     imported = _resident()
     config = make_config(args, recompute=args['recompute'])
     config.model.norm, config.model.conv_method = args['norm'], method
@@ -118,26 +163,47 @@ def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, 
             jax.block_until_ready(sums)
 
     program = update if args['mode'] == 'train' else evaluate
-    spec = parts.model.spec
-    layers = distinct_layers(spec, args['image_size']) if args['layers'] else []
-    jobs = {'step': step} | {str(layer): _our_layer(layer, args, parts.model.conv_method) for layer in layers}
+    layers, method = measured_layers(args), parts.model.conv_method
+    jobs = {'step': step} | {str(layer): _on_demand(_our_layer, layer, args, method) for layer in layers}
     if device.platform == 'cpu':
         jobs |= {'reset': _reset_peak, 'peak': lambda: _resident('VmHWM') - imported}
     else:
         jobs |= {'reset': lambda: None, 'peak': lambda: device.memory_stats()['peak_bytes_in_use']}
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', math.inf)  # what layers compile finds no folder
     give_back_freed_memory()
     make_room(largest_temporaries(parts, [program]))
-    costs = block_costs(spec, args['image_size'], norm=args['norm'])
+    costs = block_costs(parts.model.spec, args['image_size'], norm=args['norm'])
     return jobs, {
         'parameters': sum(block.parameters for block in costs),
         'macs': sum(block.macs for block in costs),
         'layers': list(map(str, layers)),
         'compile_seconds': seconds,
-        'cached': parts.model.conv_method != 'onednn',
-        'bytes': program.cost_analysis()['bytes accessed'],
+        'cached': method != 'onednn',
+        'bytes': program.cost_analysis()['bytes accessed'] + custom_call_bytes(program.as_text()),
         'device': f'{device.device_kind} ({platform.machine()})',
-        **peaks,
     }
+
+
+def custom_call_bytes(text: str) -> int:
+    """Returns the bytes that custom calls read and write and that XLA's count lacks: of each it has -1.
+
+    On x86 all spatial convolutions are such calls, of oneDNN.
+
+    Args:
+        text: The compiled program, as `jax.stages.Compiled.as_text` gives it.
+    """
+    found = re.findall(r'^\s+(?:ROOT )?(%\S+) = (.+?) ([\w-]+)\((.*?)\)', text, re.MULTILINE)
+    sizes = {name: _bytes_of(shape) for name, shape, *_ in found}
+    calls = [[name, *re.findall(r'%[\w.-]+', given)] for name, _, kind, given in found if kind == 'custom-call']
+    return sum(1 + sum(sizes[name] for name in names) for names in calls)
+
+
+def _bytes_of(shape: str) -> int:
+    """Bytes of 'f32[8,4]{1,0}', 'pred[]' or a tuple of such."""
+    arrays = re.findall(r'[a-z]+(\d*)\w*\[([\d,]*)\]', shape)  # a name without a number, such as pred, has a byte
+    return sum(
+        -(-int(bits or 8) * math.prod(int(side) for side in sides.split(',') if side) // 8) for bits, sides in arrays
+    )
 
 
 def build_timm(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
@@ -197,11 +263,8 @@ def build_timm(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
     step()
     seconds -= time.perf_counter() - began
     jobs = {'step': step}
-    if args['layers']:
-        from efficientnet.model.scaling import model_spec
-
-        spec = model_spec(args['model'], group_size=args['group_size'])
-        jobs |= {str(layer): _torch_layer(layer, args, where, layout) for layer in distinct_layers(spec, size)}
+    for layer in measured_layers(args):
+        jobs[str(layer)] = _on_demand(_torch_layer, layer, args, where, layout, compute)
     if gpu:
         jobs |= {'reset': torch.cuda.reset_peak_memory_stats, 'peak': torch.cuda.max_memory_allocated}
     else:
@@ -209,8 +272,14 @@ def build_timm(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
     return jobs, {'parameters': parameters, 'compile_seconds': max(seconds, 0.0)}
 
 
+def _on_demand(build: Callable[..., Callable[[], None]], *given: Any) -> Callable[[], None]:
+    """Returns a job that is built when it first runs: what a layer takes is not in the memory of the updates before."""
+    built = functools.cache(functools.partial(build, *given))
+    return lambda: built()()
+
+
 def _our_layer(layer: Layer, args: Mapping[str, Any], method: str) -> Callable[[], None]:
-    """One layer there and back, ten times a call; with the model's formulation of spatial convolutions."""
+    """One layer there and back, ten times a call; with the formulation that the model gives it."""
     import jax
 
     from efficientnet.model.convolution import grouped_conv
@@ -222,9 +291,9 @@ def _our_layer(layer: Layer, args: Mapping[str, Any], method: str) -> Callable[[
     x = jax.numpy.ones((args['micro_batch'], layer.side, layer.side, layer.inputs), dtype)
     if layer.kernel:
         weights = jax.numpy.ones((layer.kernel, layer.kernel, layer.inputs // layer.groups, layer.outputs), dtype)
-        function = functools.partial(
-            grouped_conv, stride=layer.stride, groups=layer.groups, method=method if layer.kernel > 1 else 'auto'
-        )
+        if layer.kernel == 1 or (layer.of_images and method != 'onednn'):
+            method = 'auto'
+        function = functools.partial(grouped_conv, stride=layer.stride, groups=layer.groups, method=method)
     else:
         pool = BatchPool(None) if args['norm'] == 'batch' else GroupPool(4, 'strided')
         weights = jax.numpy.ones(layer.inputs)
@@ -234,7 +303,7 @@ def _our_layer(layer: Layer, args: Mapping[str, Any], method: str) -> Callable[[
 
     def both(x: jax.Array, weights: jax.Array) -> tuple:
         y, pull = jax.vjp(function, x, weights)
-        return y, pull(y)
+        return y, pull(y)[layer.of_images :]
 
     both = jax.jit(both, compiler_options=compiler_options(args['device'])).lower(x, weights).compile()
 
@@ -246,8 +315,8 @@ def _our_layer(layer: Layer, args: Mapping[str, Any], method: str) -> Callable[[
     return job
 
 
-def _torch_layer(layer: Layer, args: Mapping[str, Any], where: Any, layout: Any) -> Callable[[], None]:
-    """The same in PyTorch."""
+def _torch_layer(layer: Layer, args: Mapping[str, Any], where: Any, layout: Any, compute: Any) -> Callable[[], None]:
+    """The same in PyTorch, in 16 bits as in its update: what comes in is, and so is what `autocast` says."""
     import torch
     from torch import nn
 
@@ -261,11 +330,13 @@ def _torch_layer(layer: Layer, args: Mapping[str, Any], where: Any, layout: Any)
         norm = nn.BatchNorm2d(layer.inputs) if args['norm'] == 'batch' else nn.GroupNorm(4, layer.inputs)
         module = nn.Sequential(norm, nn.SiLU(inplace=True))
     module = module.to(where, memory_format=layout)
-    x = torch.ones(shape, device=where).to(memory_format=layout).requires_grad_()
+    x = torch.ones(shape, dtype=compute, device=where).to(memory_format=layout).requires_grad_(not layer.of_images)
+    autocast = functools.partial(torch.autocast, where.type, compute, enabled=compute != torch.float32)
 
     def job() -> None:
         for _ in range(10):
-            y = module(x)
+            with autocast():
+                y = module(x)
             y.backward(y.detach())
             x.grad = None
             module.zero_grad()
@@ -275,25 +346,17 @@ def _torch_layer(layer: Layer, args: Mapping[str, Any], where: Any, layout: Any)
     return job
 
 
-def _peaks(dtype: Any) -> dict[str, float]:
-    """FLOP/s of a matrix product and bytes a second of a copy (read and written), the best of ten."""
-    import jax
-
-    matrix = jax.numpy.ones((MATRIX, MATRIX), dtype)
-    large = jax.numpy.ones(COPIED // 4, jax.numpy.float32)
-    product = _best_seconds(jax.jit(jax.numpy.matmul), matrix, matrix)
-    copy = _best_seconds(jax.jit(lambda x: x + 1.0), large)
-    return {'peak_flops': 2 * MATRIX**3 / product, 'peak_bandwidth': 2 * COPIED / copy}
-
-
-def _best_seconds(function: Callable, *given: Any) -> float:
+def _best_seconds(function: Callable, calls: int, *given: Any) -> float:
+    """Seconds of a call, of which several are made before any is waited for."""
     import jax
 
     seconds = []
     for _ in range(11):
         began = time.perf_counter()
-        jax.block_until_ready(function(*given))
-        seconds.append(time.perf_counter() - began)
+        for _ in range(calls):
+            done = function(*given)
+        jax.block_until_ready(done)
+        seconds.append((time.perf_counter() - began) / calls)
     return min(seconds[1:])
 
 

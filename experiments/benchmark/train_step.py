@@ -8,9 +8,10 @@ in fp32 NCHW is the faster). The architecture is the same, and so are the number
 
 Peak memory is what a side's process holds at most while it is measured, less what it held after its imports; on a
 GPU what the device's allocator held. FLOP/s are two a multiply-add of the network, three times for a training step
-whatever the formulation really does, given as a share of what a matrix product of this machine reaches; so is
-the time that the bytes which the program says it touches would take at the speed of a large copy, which is too much on
-a CPU: a weight that is cut out of the packed array counts as all of that array.
+whatever the formulation really does, given as a share of what a matrix product of this machine reaches. Bytes are
+those that XLA says its operations read and write, with what custom calls do (such as oneDNN's convolutions), given as
+a share of what a large copy moves in the same time. They are a rough count: on a CPU a weight that is cut out of the
+packed array counts as all of that array, and a loop, such as that over micro-batches, as one turn of it.
 """
 
 import argparse
@@ -31,12 +32,13 @@ CHOICES = {'against': AGAINST, 'mode': MODES, 'recompute': ('none', 'block'), 'd
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's flags."""
     add_model_flags(parser, model='b0', image_size=128, micro_batch=8, accumulation=1)
-    parser.add_argument(
-        '--batch', type=int, dest='micro_batch', default=argparse.SUPPRESS, help='the same as --micro_batch'
-    )
+    parser.add_argument('--batch', type=int, default=argparse.SUPPRESS, help='the same as --micro_batch')
     parser.add_argument('--norm', default='group', help="'group' or 'batch' (%(default)s)")
     parser.add_argument('--optimizer', default='sgd', help="ours: 'sgd', 'lars' or 'rmsprop' (%(default)s)")
     parser.add_argument('--recompute', default='none', help="ours: 'none' or 'block' (%(default)s)")
+    parser.add_argument(
+        '--conv_method', default='auto', help='ours: formulation of the spatial convolutions (%(default)s)'
+    )
     parser.add_argument('--against', default='timm', help=f'{", ".join(AGAINST)} (%(default)s)')
     parser.add_argument('--mode', default='train', help=f'{" or ".join(MODES)} (%(default)s)')
     parser.add_argument('--rounds', type=int, default=7, help='times that each side is measured (%(default)s)')
@@ -53,13 +55,22 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
         RunError: PyTorch or timm are missing, or a process died.
     """
     check_flags(args)
+    args = dict(args)
+    args['micro_batch'] = args.pop('batch', args['micro_batch'])
     for name, known in CHOICES.items():
         if args[name] not in known:
             raise ConfigError(f'--{name}={args[name]!r} must be one of {", ".join(known)}')
     if args['steps'] < 1:
         raise ConfigError(f'--steps={args["steps"]} must be at least 1')
+    native = ('native', 'auto') if args['device'] == 'gpu' else ('native',)  # --conv_method with which ours is as well
+    if args['against'] == 'native' and args['conv_method'] in native:
+        raise ConfigError(
+            f'--against=native is what --conv_method={args["conv_method"]} is with --device={args["device"]}: '
+            'give another --conv_method, or compare with timm'
+        )
     names = ['ours'] if args['against'] == 'none' else ['ours', args['against']]
-    workers, found = {}, {}
+    progress('measuring a matrix product and a copy …')
+    peaks, workers, found = sides.measure_peaks(args), {}, {}
     try:
         for name in names:
             progress(f'{name}: compiling …')
@@ -74,12 +85,13 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
     finally:
         for worker in workers.values():
             worker.stop()
-    return summary(args, found, seconds, memory) | {'layers': layers}
+    return summary(args, found, peaks, seconds, memory) | {'layers': layers}
 
 
 def summary(
     args: Mapping[str, Any],
     found: Mapping[str, Mapping[str, Any]],
+    peaks: Mapping[str, float],
     seconds: Mapping[str, list[float]],
     memory: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -88,6 +100,7 @@ def summary(
     Args:
         args: The flags.
         found: What each side said of itself.
+        peaks: FLOP/s and bytes a second that the device reaches, of `sides.measure_peaks`.
         seconds: Of each round's steps, by side.
         memory: Peak bytes, by side.
     """
@@ -110,9 +123,9 @@ def summary(
         'cached_compile_seconds': ours['cached_compile_seconds'],
         'peak_bytes': dict(memory),
         'flops_per_second': flops,
-        'flops_share': {name: value / ours['peak_flops'] for name, value in flops.items()},
-        'bandwidth_share': ours['bytes'] / step / ours['peak_bandwidth'],
-        'machine': {name: ours[name] for name in ('device', 'peak_flops', 'peak_bandwidth')},
+        'flops_share': {name: value / peaks['peak_flops'] for name, value in flops.items()},
+        'bandwidth_share': ours['bytes'] / step / peaks['peak_bandwidth'],
+        'machine': {'device': ours['device'], **peaks},
     }
 
 
@@ -133,8 +146,8 @@ def show(result: Mapping[str, Any]) -> str:
         )
     work = args['mode'] if args['mode'] != 'train' else f'train, recompute {args["recompute"]}'
     lines = [
-        f'{describe(args)}, norm {args["norm"]}, {work}, {result["parameters"]:,} parameters, '
-        f'{args["rounds"]} rounds of {args["steps"]}',
+        f'{describe(args)}, norm {args["norm"]}, convolutions {args["conv_method"]}, {work}, '
+        f'{result["parameters"]:,} parameters, {args["rounds"]} rounds of {args["steps"]}',
         f'{machine["device"]}: a matrix product reaches {machine["peak_flops"] / 1e9:,.0f} GFLOP/s, '
         f'a copy {machine["peak_bandwidth"] / 1e9:,.1f} GB/s',
         '',
@@ -146,8 +159,9 @@ def show(result: Mapping[str, Any]) -> str:
         lines.append(f'ours ÷ {args["against"]}: {result["ratio"]:.3f} (rounds {low:.3f} to {high:.3f})')
     cached = result['cached_compile_seconds']
     again = 'anew in every process' if cached is None else f'in {cached:.1f} s from the cache'
-    share = f'{result["bandwidth_share"]:.0%} of the bytes that copies move in its time'
-    lines.append(f'ours compiles {again} and counts {share}')
+    speed = f'{result["bandwidth_share"] * machine["peak_bandwidth"] / 1e9:,.1f} GB/s'
+    share = f'{result["bandwidth_share"]:.0%} of what copies move in its time'
+    lines.append(f'ours compiles {again} and by its count of bytes moves {speed}, {share}')
     if result['layers']:
         lines += ['', table(_layer_rows(result['layers']))]
     return '\n'.join(lines)

@@ -8,7 +8,7 @@ python -m experiments.claims --scale=digits --show
 The same command goes on after a kill, run by run; several machines may share a --workdir. --show prints the table of
 the runs so far, or of the results that are stored in experiments/claims/results, and trains nothing.
 --config.FIELD=VALUE is added to all runs; what was run with others is run again. A run that is killed with its
-command goes on by itself, and is taken up when it has ended.
+command goes on by itself, and is taken up when it has ended. While a run is left the status is not 0.
 
 The scales: digits is embedded, and its 110 runs take some 40 minutes; cpu is CIFAR-10, sized for
 three hours of two cores; gpu is CIFAR-10 at a larger size, not run yet.
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, more: list[str]) -> None:
 
 
 def train(planned: list[runs.Run], every: dict[str, table.Setting], workers: int) -> int:
-    """Does the runs that are not done; returns the status to leave with: 0 if none is left.
+    """Does the runs that are not done; returns the status to leave with: 0 if all are done now, by whomever.
 
     Raises:
         ConfigError: A run was refused.
@@ -112,7 +112,8 @@ def train(planned: list[runs.Run], every: dict[str, table.Setting], workers: int
     with Interrupt() as interrupt:
         runner = runs.Runner(missing, every, stop=interrupt.requested, say=lambda text: print(text, flush=True))
         trainer.in_threads(workers, runner.work)
-    return 128 + interrupt.number if interrupt.number else int(runner.broken > 0)
+    left = any(runs.read(one, every) is None for one in missing)
+    return 128 + interrupt.number if interrupt.number else int(left)
 
 
 def main(argv: list[str]) -> None:

@@ -3,9 +3,10 @@
 A run is done when its folder has outcome.json, and it is done again when what it would be given has changed. One that
 was killed goes on from its checkpoint. Several commands, on several machines too, may share a folder.
 
-A run that diverges has said something of its setting, and is done. One that is refused (no data, no room, a field out
-of range) or killed has not: the former ends everything, since all others would be refused too, and after the latter
-the others go on; the same command then tries again.
+A run that diverges has said something of its setting, and is done; those that would start from its weights count as
+diverged too and are not trained. One that is refused (no data, no room, a field out of range) or killed has not: the
+former ends everything, since all others would be refused too, and after the latter the others go on; the same command
+then tries again.
 """
 
 import csv
@@ -103,7 +104,6 @@ class Runner:
         self._stop, self._say, self._program = stop, say, program
         self._turn = threading.Condition()
         self._refused = False
-        self.broken = 0  # runs that ended without having said anything of their settings
         self._running: set[pathlib.Path] = set()
 
     def work(self) -> None:
@@ -140,7 +140,7 @@ class Runner:
         given, start = run.arguments(self._every), run.start(self._every)
         if read(run, self._every) is not None:
             return
-        before = read(start, self._every) if start else {'seconds': 0.0}
+        before = read(start, self._every) if start else {'seconds': 0.0, 'error': None}
         if before is None:
             self._say(f'{run.name}, seed {run.seed}: has to wait for {start.name}; the same command goes on with it')
             return
@@ -149,18 +149,20 @@ class Runner:
                 self._say(f'{run.name}, seed {run.seed}: another process is at it')
                 return
             _forget_other(run.workdir, given)
-            outcome = trainer.run(given, run.workdir, lock, leave=lambda _: self._leaves(), program=self._program)
+            if before['error']:
+                outcome = trainer.Outcome(error=f'{start.name} diverged', status=DIVERGED)
+            else:
+                outcome = trainer.run(given, run.workdir, lock, leave=lambda _: self._leaves(), program=self._program)
             if outcome == trainer.Outcome():
                 self._say(f'{run.name}, seed {run.seed}: stopped; the same command goes on with it')
                 return
             if outcome.error and outcome.status != DIVERGED:
-                self.broken += 1
                 if outcome.status == REFUSED:
                     self._refused = True
                     raise ConfigError(f'{run.name}, seed {run.seed}: {outcome.error.removeprefix("error: ")}')
                 self._say(f'{run.name}, seed {run.seed}: {outcome.error}; the same command tries again')
                 return
-            row = _row(run, given, outcome, before['seconds'] or 0.0)
+            row = _row(run, given, outcome, before['seconds'])
             _write_whole(run.workdir / OUTCOME, json.dumps({'arguments': given, 'row': row}, indent=2))
             if run.name not in {setting.starts_from for setting in self._every.values()}:
                 shutil.rmtree(run.workdir / 'checkpoints', ignore_errors=True)  # nobody will use the weights

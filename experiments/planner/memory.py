@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from efficientnet.parallel.layout import Layout
-from efficientnet.parallel.stages import Stage, Storage
+from efficientnet.parallel.stages import StageCost, Storage
 from experiments.planner.systems import Software
 
 
 def memory_parts(
-    software: Software, image: int, layout: Layout, table: Sequence[Stage], storage: Storage
+    software: Software, image: int, layout: Layout, table: Sequence[StageCost], storage: Storage
 ) -> dict[str, float]:
     """Returns the bytes on the fullest device by part.
 

@@ -33,7 +33,7 @@ from efficientnet.parallel.layout import Layout, make_layout
 from efficientnet.parallel.stages import (
     PASSES,
     PUBLISHED,
-    Stage,
+    StageCost,
     Storage,
     balance,
     check_splits,
@@ -71,7 +71,7 @@ class Plan:
     system: System
     workload: Workload
     layout: Layout
-    stages: Sequence[Stage]
+    stages: Sequence[StageCost]
     efficiency: float
     seconds: Mapping[str, float]
     input_seconds: float

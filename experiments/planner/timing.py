@@ -8,8 +8,8 @@ from efficientnet.model.costs import BlockCost, block_costs
 from efficientnet.model.scaling import ModelSpec, block_names, boundary_shape
 from efficientnet.parallel.layout import Layout
 from efficientnet.parallel.pipeline import timetable
-from efficientnet.parallel.stages import PASSES, Stage, Storage
-from experiments.benchmark.pipeline import Work, walk
+from efficientnet.parallel.stages import PASSES, StageCost, Storage
+from experiments.benchmark.pipeline import StageTime, walk
 from experiments.planner.systems import Device, Link, Software, System
 
 
@@ -104,8 +104,8 @@ def count_times(
 
 
 def stage_works(
-    layout: Layout, table: Sequence[Stage], times: Mapping[str, BlockTime], efficiency: float
-) -> list[Work]:
+    layout: Layout, table: Sequence[StageCost], times: Mapping[str, BlockTime], efficiency: float
+) -> list[StageTime]:
     """Returns what each stage does with a micro-batch in the ticks of its forward and of its backward, in seconds."""
     works = []
     for number, stage in enumerate(table):
@@ -114,14 +114,14 @@ def stage_works(
             sum(values) / efficiency for values in zip(*(times[name] for name in stage.blocks), strict=True)
         )
         total = both + (PASSES[layout.recompute][last] - 3) * forward
-        works.append(Work(0.0, total) if last else Work(forward, total - forward))
+        works.append(StageTime(0.0, total) if last else StageTime(forward, total - forward))
     return works
 
 
 def update_parts(
     system: System,
     layout: Layout,
-    table: Sequence[Stage],
+    table: Sequence[StageCost],
     storage: Storage,
     times: Mapping[str, BlockTime],
     efficiency: float,
@@ -152,7 +152,7 @@ def update_parts(
     }
 
 
-def _hand_over(link: Link, table: Sequence[Stage]) -> float:
+def _hand_over(link: Link, table: Sequence[StageCost]) -> float:
     if len(table) == 1:
         return 0.0
     return link.latency + max(stage.sent for stage in table) / link.bandwidth

@@ -7,7 +7,8 @@ import sys
 from efficientnet.errors import ConfigError
 from efficientnet.model.scaling import VARIANTS, ModelSpec, model_spec
 from efficientnet.numerics.precision import POLICIES
-from efficientnet.parallel.stages import BUFFERS, PASSES, SCHEDULES
+from efficientnet.parallel.pipeline import SCHEDULES
+from efficientnet.parallel.stages import BUFFERS, PASSES
 
 BALANCED = 'balanced'  # splits
 IMAGE_BYTES = {'uint8': 1, 'fp32': 4}  # of a number of an image on its way from the host

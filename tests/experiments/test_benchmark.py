@@ -1,23 +1,31 @@
 """The benchmarks: what they calculate by hand, what they say, and one tiny run of each."""
 
+import functools
 import importlib.util
 import json
 import math
 import subprocess
 import sys
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import input_pipeline
 from efficientnet.errors import ConfigError, RunError
+from efficientnet.loop import programs
+from efficientnet.model import convolution, onednn
+from efficientnet.model.convolution import grouped_conv
 from efficientnet.model.scaling import model_spec
+from efficientnet.parallel.grid import Grid
+from efficientnet.parallel.layout import make_layout
 from efficientnet.parallel.pipeline import timetable
 from experiments.benchmark import __main__ as command
 from experiments.benchmark import growth, host_input, memory, pipeline, resume, setup, sides, start, train_step
-from experiments.benchmark.pipeline import Sample, Work, ideal_parts, walk, work
+from experiments.benchmark.pipeline import Sample, StageTime, ideal_parts, stage_time, walk
 
 TINY = ('--model=b0', '--width=0.25', '--depth=0.1', '--image_size=32', '--micro_batch=2', '--accumulation=2')
 
@@ -26,11 +34,11 @@ TINY = ('--model=b0', '--width=0.25', '--depth=0.1', '--image_size=32', '--micro
     ('schedule', 'works', 'count', 'seconds'),
     [
         # The last stage does everything in one tick; the first goes forward in ticks 0-3 and backward in 2-5.
-        ('grouped', [Work(1, 2), Work(0, 3)], 4, 1 + 3 + 3 + 3 + 3 + 2),
+        ('grouped', [StageTime(1, 2), StageTime(0, 3)], 4, 1 + 3 + 3 + 3 + 3 + 2),
         # Ticks of 1, 1, 1 + 4, 1 + 4, 4, 4.
-        ('grouped', [Work(1, 4), Work(0, 0.5)], 4, 1 + 1 + 5 + 5 + 4 + 4),
+        ('grouped', [StageTime(1, 4), StageTime(0, 0.5)], 4, 1 + 1 + 5 + 5 + 4 + 4),
         # Stages 0, 1, 2, 1, 0 one after the other, twice.
-        ('sequential', [Work(1, 4), Work(2, 5), Work(0, 3)], 2, 2 * (1 + 2 + 3 + 5 + 4)),
+        ('sequential', [StageTime(1, 4), StageTime(2, 5), StageTime(0, 3)], 2, 2 * (1 + 2 + 3 + 5 + 4)),
     ],
 )
 def test_walk(schedule, works, count, seconds):
@@ -39,25 +47,26 @@ def test_walk(schedule, works, count, seconds):
 
 def test_a_tick_lasts_as_long_as_its_slowest_stage():
     # Three stages, one micro-batch: forward 0, forward 1, the last, backward 1, backward 0, nobody beside another.
-    assert walk(timetable('grouped', 3, 1), [Work(1, 10), Work(2, 20), Work(0, 100)]) == 1 + 2 + 100 + 20 + 10
+    works = [StageTime(1, 10), StageTime(2, 20), StageTime(0, 100)]
+    assert walk(timetable('grouped', 3, 1), works) == 1 + 2 + 100 + 20 + 10
 
 
 @pytest.mark.parametrize(
     ('recompute', 'last', 'expected'),
     [
-        ('none', False, Work(1, 2)),
-        ('block', False, Work(1, 3)),
-        ('stage', False, Work(1, 3)),
-        ('none', True, Work(0, 3)),
-        ('stage', True, Work(0, 3)),
+        ('none', False, StageTime(1, 2)),
+        ('block', False, StageTime(1, 3)),
+        ('stage', False, StageTime(1, 3)),
+        ('none', True, StageTime(0, 3)),
+        ('stage', True, StageTime(0, 3)),
     ],
 )
-def test_work_of_a_stage(recompute, last, expected):
-    assert work(1.0, 3.0, recompute, last=last) == expected
+def test_time_of_a_stage(recompute, last, expected):
+    assert stage_time(1.0, 3.0, recompute, last=last) == expected
 
 
 def test_parts_of_the_ideal_add_up():
-    works, both = [Work(1, 3), Work(0, 5)], [3, 5]
+    works, both = [StageTime(1, 3), StageTime(0, 5)], [3, 5]
     timing = timetable('grouped', 2, 4)
     parts = ideal_parts(timing, works, both)
     assert parts == {'network': 4 * 8 / 2, 'forward again': 4 * 1 / 2, 'imbalance': 4 * (5 - 4.5), 'bubble': 1 + 3}
@@ -65,7 +74,7 @@ def test_parts_of_the_ideal_add_up():
 
 
 def test_without_recomputation_nothing_is_computed_again():
-    parts = ideal_parts(timetable('sequential', 2, 3), [Work(1, 2), Work(0, 3)], [3, 3])
+    parts = ideal_parts(timetable('sequential', 2, 3), [StageTime(1, 2), StageTime(0, 3)], [3, 3])
     assert parts['forward again'] == parts['imbalance'] == 0
     assert parts['network'] + parts['bubble'] == 3 * (1 + 3 + 2)
 
@@ -118,12 +127,13 @@ def test_memory_text():
 
 
 def test_train_step_summary_and_text():
-    args = parsed('train_step', '--batch=4', '--steps=2', '--rounds=3')
-    ours = {'parameters': 5, 'macs': 100, 'compile_seconds': 7.0, 'cached_compile_seconds': 1.0, 'bytes': 50.0}
-    ours |= {'device': 'cpu', 'peak_flops': 12_000.0, 'peak_bandwidth': 100.0}
+    args = parsed('train_step', '--micro_batch=4', '--steps=2', '--rounds=3')
+    ours = {'parameters': 5, 'macs': 100, 'compile_seconds': 7.0, 'cached_compile_seconds': 1.0, 'bytes': 50e9}
+    ours |= {'device': 'cpu'}
+    peaks = {'peak_flops': 12_000.0, 'peak_bandwidth': 100e9}
     sides_ = {'ours': ours, 'timm': {'parameters': 5, 'compile_seconds': 2.0}}
     seconds = {'ours': [1.0, 2.0, 4.0], 'timm': [3.0, 2.0, 2.0]}
-    found = train_step.summary(args, sides_, seconds, {'ours': setup.MIB, 'timm': 3 * setup.MIB})
+    found = train_step.summary(args, sides_, peaks, seconds, {'ours': setup.MIB, 'timm': 3 * setup.MIB})
     # Pair by pair 3, 1 and 1/2, whose median is not the ratio of the medians' order of rounds.
     assert (found['ratio'], found['ratio_range']) == (1.0, [0.5, 3.0])
     assert found['images_per_second'] == {'ours': 4.0, 'timm': 4.0}
@@ -134,12 +144,12 @@ def test_train_step_summary_and_text():
     layers = [{'layer': 'one', 'ours': 0.001, 'timm': 0.002}]
     text = train_step.show(json.loads(json.dumps(found | {'layers': layers})))
     assert 'ours ÷ timm: 1.000 (rounds 0.500 to 3.000)' in text
-    assert 'ours compiles in 1.0 s from the cache and counts 50%' in text
-    assert 'ours compiles anew in every process and counts 50%' in train_step.show(
+    assert 'ours compiles in 1.0 s from the cache and by its count of bytes moves 50.0 GB/s, 50%' in text
+    assert 'ours compiles anew in every process and by' in train_step.show(
         found | {'layers': [], 'cached_compile_seconds': None}
     )
     assert ['one', '1.000', '2.000', '2.00'] in [line.split() for line in text.splitlines()]
-    evaluated = train_step.summary(args | {'mode': 'evaluate'}, {'ours': ours}, {'ours': [1.0]}, {'ours': 1})
+    evaluated = train_step.summary(args | {'mode': 'evaluate'}, {'ours': ours}, peaks, {'ours': [1.0]}, {'ours': 1})
     assert evaluated['ratio'] is None
     assert evaluated['flops_per_second'] == {'ours': 2 * 100 * 8.0}
 
@@ -151,14 +161,15 @@ def test_growth_summary_text_and_picture(tmp_path):
     work |= {'micro_batch 4': 5.0, 'accumulation 4': 40.0, 'model b1': 15.0}
     seconds = {name: value / 10 for name, value in work.items()} | {'micro_batch 4': 0.6, 'accumulation 4': 4.4}
     seconds |= {'loop': 1.25, 'optimizer 32.32': 0.044, 'optimizer 16.16': 0.22}
-    found = growth.summary(args, axes, seconds, work)
-    assert found['axes']['micro_batch'][0] == {'value': 4, 'seconds': 0.6, 'ideal': 0.5}
-    assert found['axes']['model'][1] == {'value': 'b1', 'seconds': 1.5, 'ideal': 1.5}
+    methods = dict.fromkeys(work, 'onednn') | {'micro_batch 4': 'auto'}
+    found = growth.summary(args, axes, seconds, work, methods)
+    assert found['axes']['micro_batch'][0] == {'value': 4, 'seconds': 0.6, 'ideal': 0.5, 'conv_method': 'auto'}
+    assert found['axes']['model'][1] == {'value': 'b1', 'seconds': 1.5, 'ideal': 1.5, 'conv_method': 'onednn'}
     assert found['accumulation'] == 4.4 / 4
     assert found['optimizer'] == pytest.approx({'32.32': 0.01, '16.16': 0.05})
     assert found['host'] == pytest.approx(0.2)
     text = growth.show(json.loads(json.dumps(found)))
-    assert ['micro_batch', '4', '600.0', '500.0', '1.20'] in [line.split() for line in text.splitlines()]
+    assert ['micro_batch', '4', '600.0', '500.0', '1.20', 'auto'] in [line.split() for line in text.splitlines()]
     assert 'a micro-batch of 4 in an update ÷ one of 1: 1.100 (target 1.03, missed)' in text
     assert 'optimizer and rounding in 32.32 of an update of 4: 44.0 ms, 1.0% (target 3%, met)' in text
     assert "the host's part of the training loop: 20.0% (target 1%, missed)" in text
@@ -167,6 +178,29 @@ def test_growth_summary_text_and_picture(tmp_path):
         assert picture.size == (900, 600)
     with pytest.raises(ConfigError, match='cannot be written'):
         growth.draw(found, tmp_path / 'growth.nonsense')
+
+
+def test_the_loop_is_as_slow_as_its_loader_even_after_a_rest(monkeypatch):
+    """What the input pipeline makes ahead while other jobs have their turns would hide a loader that is too slow."""
+
+    def loading(position):
+        while True:
+            time.sleep(0.02)
+            yield {'image': np.zeros((1, 2, 2, 3), np.uint8)}
+
+    def update(state, batch, flag):
+        return state, {'loss': state}
+
+    layout = make_layout(global_batch=1, micro_batch=1, replicas=1, splits=(), devices=1)
+    config = types.SimpleNamespace(input=types.SimpleNamespace(prefetch=3))
+    parts = types.SimpleNamespace(grid=Grid(layout), train_batches=loading, config=config)
+    monkeypatch.setattr(programs, 'compile_update', lambda parts: update)
+    monkeypatch.setattr(growth, 'LOOPED', 3)
+    job = growth._loop(parts, np.zeros((1, 2), np.float32))
+    job()
+    time.sleep(0.3)
+    (seconds,) = job()
+    assert seconds > 0.8 * 3 * 0.02
 
 
 def test_start_is_timed_by_what_is_printed():
@@ -189,14 +223,109 @@ def test_start_waits_for_the_first_update_and_no_longer():
         start.time_lines([sys.executable, '-c', "import sys; print('model b0'); sys.exit('no such field')"])
 
 
-def test_layers_are_those_of_the_blocks_once():
+def test_the_peaks_have_a_process_of_their_own_and_sides_their_formulations(monkeypatch):
+    made = []
+
+    class Process:
+        def __init__(self, build, args, *given):
+            made.append((build, *given[:1]))
+
+        def answer(self):
+            return {'peak_flops': 2.0, 'peak_bandwidth': 3.0, 'cached': False, 'jobs': []}
+
+        def stop(self):
+            made.append('stopped')
+
+    monkeypatch.setattr(sides, 'Worker', Process)
+    args = parsed('train_step', '--conv_method=loop')
+    assert sides.measure_peaks(args) == {'peak_flops': 2.0, 'peak_bandwidth': 3.0}
+    for name in ('ours', 'native'):
+        sides.start(name, args)
+    assert made == [(sides.build_peaks,), 'stopped', (sides.build_ours, 'loop'), (sides.build_ours, 'native')]
+
+
+def test_several_calls_are_waited_for_at_once():
+    called = []
+    seconds = sides._best_seconds(lambda x: called.append(x) or time.sleep(0.001), 5, 'x')
+    assert len(called) == 11 * 5
+    assert 0.001 <= seconds < 0.005
+
+
+def test_layers_are_those_of_the_network_once():
     layers = sides.distinct_layers(model_spec('b0', width=0.25, depth=0.3, group_size=16), 32)
     assert len(set(layers)) == len(layers)
     # block1a: 8 channels on 16 pixels a side do not expand; block2a: 8 -> 32 -> 8 with a stride of 2.
-    assert layers[0] == sides.Layer(16, 8, 8, 3, 1, 1)
+    assert layers[:3] == [sides.Layer(32, 3, 8, 3, 2), sides.Layer(16, 8, 8), sides.Layer(16, 8, 8, 3, 1, 1)]
+    assert layers[-2:] == [sides.Layer(1, 80, 320, 1), sides.Layer(1, 320, 320)]
     assert sides.Layer(16, 8, 32, 1) in layers
     assert sides.Layer(16, 32, 32, 3, 2, 2) in layers
     assert sides.Layer(8, 32, 8, 1) in layers
+
+
+def test_layers_of_both_sides_are_of_the_model_that_the_flags_describe():
+    args = parsed('train_step', '--layers', '--width=0.5', '--depth=0.3', '--group_size=4', '--image_size=64')
+    spec = model_spec('b0', width=0.5, depth=0.3, group_size=4)
+    assert sides.measured_layers(args) == sides.distinct_layers(spec, 64)
+    assert sides.measured_layers(args | {'layers': False}) == []
+
+
+@pytest.mark.parametrize(
+    ('layer', 'method', 'right'),
+    [
+        (sides.Layer(8, 3, 8, 3, 2), 'native', 'auto'),  # the stem's is the model's if that is oneDNN's alone
+        (sides.Layer(8, 3, 8, 3, 2), 'onednn', 'onednn'),
+        (sides.Layer(8, 8, 8, 3), 'native', 'native'),
+        (sides.Layer(8, 8, 32, 1), 'native', 'auto'),
+    ],
+)
+def test_a_layer_is_formulated_and_typed_as_in_the_model(layer, method, right, monkeypatch):
+    seen = []
+
+    def convolve(x, kernel, **options):
+        seen.append((x.dtype, kernel.dtype, options['method']))
+        return grouped_conv(x, kernel, **options | {'method': 'auto'})
+
+    monkeypatch.setattr(convolution, 'grouped_conv', convolve)
+    job = sides._our_layer(layer, parsed('train_step', '--policy=bf16.32', '--micro_batch=2'), method)
+    assert seen == [('bfloat16', 'bfloat16', right)]
+    job()
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_pytorchs_layers_are_of_the_policys_numbers(dtype, monkeypatch):
+    torch = pytest.importorskip('torch')
+    convolve, seen, compute = torch.nn.Conv2d.forward, [], getattr(torch, dtype)
+
+    def forward(module, x):
+        y = convolve(module, x)
+        seen.append((x.dtype, y.dtype, x.requires_grad))
+        return y
+
+    monkeypatch.setattr(torch.nn.Conv2d, 'forward', forward)
+    args, rest = parsed('train_step', '--micro_batch=2'), (torch.device('cpu'), torch.channels_last, compute)
+    for layer in (sides.Layer(8, 3, 8, 3, 2), sides.Layer(8, 8, 8), sides.Layer(8, 8, 8, 3, 1, 2)):
+        sides._torch_layer(layer, args, *rest)()
+    assert dict.fromkeys(seen) == dict.fromkeys([(compute, compute, False), (compute, compute, True)])
+
+
+def test_bytes_of_custom_calls():
+    text = """
+      %x.1 = f32[2,8,8,16]{3,2,1,0:T(8,128)} parameter(0)
+      %pair = (s32[], bf16[3]{0}) tuple(%n, %y)
+      %call-start.2 = (f32[2,8]{1,0}, /*index=1*/u8[100]{0}) custom-call(%x.1, %pair), custom_call_target="one"
+      ROOT %call = pred[5]{0} custom-call(%call-start.2), custom_call_target="f32[7] custom-call(%x.1)"
+      %sum = f32[] add(%x.1, %x.1)
+    """
+    assert sides.custom_call_bytes(text) == (2 * 8 * 8 * 16 * 4 + 4 + 6 + 64 + 100) + 1 + (5 + 64 + 100) + 1
+
+
+@pytest.mark.skipif(not onednn.available(), reason='there is no oneDNN')
+def test_bytes_of_a_convolution_are_those_of_its_arguments_and_result():
+    x, kernel = np.zeros((2, 8, 8, 16), np.float32), np.zeros((3, 3, 4, 32), np.float32)
+    convolve = functools.partial(grouped_conv, groups=4, method='onednn')
+    compiled = jax.jit(convolve).lower(x, kernel).compile()
+    counted = compiled.cost_analysis()['bytes accessed']
+    assert counted + sides.custom_call_bytes(compiled.as_text()) == x.nbytes + kernel.nbytes + 2 * x.nbytes
 
 
 @pytest.mark.parametrize(
@@ -204,6 +333,16 @@ def test_layers_are_those_of_the_blocks_once():
     [
         (['train_step', '--against=tensorflow'], "--against='tensorflow' must be one of timm, timm-compile, native"),
         (['train_step', '--steps=0'], '--steps=0 must be at least 1'),
+        (['train_step', '--batch=0'], 'error: --batch=0 must be at least 1'),
+        (
+            ['train_step', '--against=native', '--conv_method=native'],
+            '--against=native is what --conv_method=native is with --device=cpu: give another --conv_method',
+        ),
+        (
+            ['train_step', '--against=native', '--device=gpu'],
+            '--against=native is what --conv_method=auto is with --device=gpu: give another --conv_method',
+        ),
+        (['train_step', '--micro_batch=0'], 'error: --micro_batch=0 must be at least 1'),
         (['train_step', '--recompute=stage'], "--recompute='stage' must be one of none, block"),
         (['pipeline', '--stages=1'], '--stages=1 must be at least 2; one stage is measured beside them'),
         (['growth', '--micro_batches=1,x'], "--micro_batches='1,x' must be whole numbers above 0"),
@@ -314,7 +453,7 @@ def test_a_step_hides_the_loading_that_takes_no_longer(monkeypatch):
             time.sleep(seconds)
             yield np.zeros((1, 2, 2, 3), np.uint8)
 
-    monkeypatch.setattr(host_input, '_AHEAD', 1)
+    monkeypatch.setattr(host_input, 'AHEAD', 1)
     assert 1 <= host_input.overlap(loading(0.04), 0.05, 10) < 1.6  # one after the other: 1.8
     assert 2.5 < host_input.overlap(loading(0.2), 0.05, 10) < 6  # four steps, less what was made ahead
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -304,6 +305,27 @@ def test_a_run_does_not_start_from_one_that_another_process_is_at(tmp_path):
         rows, said = runner(tmp_path, seeds=1, workers=1, **settings)
     assert rows == []
     assert said[1] == 'tuned, seed 0: has to wait for half; the same command goes on with it'
+
+
+def test_what_would_start_from_a_run_that_diverged_counts_as_diverged(tmp_path):
+    settings = {'half': Setting({'optimizer.weight_decay': 1e-3}), 'tuned': Setting(starts_from='half')}
+    rows, said = runner(tmp_path, seeds=1, workers=1, **settings)
+    assert [row['error'] for row in rows] == ['error: 20 updates in a row were not finite', 'half diverged']
+    assert (rows[1]['test_accuracy'], rows[1]['seconds']) == (None, None)
+    assert said[1] == 'tuned, seed 0: half diverged'
+    assert starts(tmp_path, 'tuned') == []
+    assert runner(tmp_path, seeds=1, **settings) == (rows, [])
+
+
+def test_status_says_whether_a_run_is_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, 'Runner', functools.partial(runs.Runner, program=FAKE))
+    settings = {'half': Setting({'image_size': 8}), 'tuned': Setting(starts_from='half')}
+    planned = runs.plan(dataclasses.replace(table.SCALES['digits'], seeds=1), settings, settings, tmp_path, ())
+    with trainer.held(tmp_path / 'half' / 'seed0'):
+        assert command.train(planned, settings, 1) == 1  # another process is at it, and the second has to wait for it
+    assert command.train(planned, settings, 1) == 0
+    assert command.train(planned, settings, 1) == 0  # nothing to do
+    assert '2 of 2 runs are done' in capsys.readouterr().out
 
 
 def test_a_folder_in_use_is_let_be(tmp_path):
