@@ -9,21 +9,21 @@ import functools
 import math
 import pathlib
 import platform
-import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from efficientnet.model.costs import block_costs
+from efficientnet.model.costs import BlockCost, block_costs
 from efficientnet.model.scaling import ModelSpec, boundary_shape, configured_spec
 from experiments.benchmark.setup import make_config, random_batch, start_jax
 from experiments.benchmark.timm_model import CLASSES
 from experiments.benchmark.workers import Jobs, Worker
 
 CHANNELS = 3  # of images
+LAYER_CALLS = 10  # of a layer, in one measurement
 COPIED = 2**28  # bytes of the copy by which a machine's peak is found
 # Rows of the square matrices, likewise, and calls between two looks at the clock: an accelerator that is given one
 # small product at a time rests for most of it.
@@ -179,31 +179,28 @@ def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, 
         'layers': list(map(str, layers)),
         'compile_seconds': seconds,
         'cached': method != 'onednn',
-        'bytes': program.cost_analysis()['bytes accessed'] + custom_call_bytes(program.as_text()),
+        'bytes': least_bytes(args, costs),
         'device': f'{device.device_kind} ({platform.machine()})',
     }
 
 
-def custom_call_bytes(text: str) -> int:
-    """Returns the bytes that custom calls read and write and that XLA's count lacks: of each it has -1.
+def least_bytes(args: Mapping[str, Any], costs: Sequence[BlockCost]) -> int:
+    """Returns the bytes that a step reads and writes if every layer runs by itself and finds nothing in a cache.
 
-    On x86 all spatial convolutions are such calls, of oneDNN.
+    In training each tensor that a layer reads is written and read forward, read again backward, and its gradient
+    written and read; each parameter is read forward and backward, its gradient written and read, its momentum read
+    and written, and it is written. In evaluation tensors are written and read, and parameters read.
 
     Args:
-        text: The compiled program, as `jax.stages.Compiled.as_text` gives it.
+        args: The flags.
+        costs: Of the blocks.
     """
-    found = re.findall(r'^\s+(?:ROOT )?(%\S+) = (.+?) ([\w-]+)\((.*?)\)', text, re.MULTILINE)
-    sizes = {name: _bytes_of(shape) for name, shape, *_ in found}
-    calls = [[name, *re.findall(r'%[\w.-]+', given)] for name, _, kind, given in found if kind == 'custom-call']
-    return sum(1 + sum(sizes[name] for name in names) for names in calls)
+    from efficientnet.numerics.precision import policy
 
-
-def _bytes_of(shape: str) -> int:
-    """Bytes of 'f32[8,4]{1,0}', 'pred[]' or a tuple of such."""
-    arrays = re.findall(r'[a-z]+(\d*)\w*\[([\d,]*)\]', shape)  # a name without a number, such as pred, has a byte
-    return sum(
-        -(-int(bits or 8) * math.prod(int(side) for side in sides.split(',') if side) // 8) for bits, sides in arrays
-    )
+    chosen, images = policy(args['policy']), args['micro_batch'] * args['accumulation']
+    tensors, parameters = (5, 7) if args['mode'] == 'train' else (2, 1)
+    kept = images * sum(block.kept_bytes(chosen.compute.itemsize) for block in costs)
+    return tensors * kept + parameters * chosen.master.itemsize * sum(block.parameters for block in costs)
 
 
 def build_timm(args: Mapping[str, Any]) -> tuple[Jobs, dict[str, Any]]:
@@ -279,7 +276,7 @@ def _on_demand(build: Callable[..., Callable[[], None]], *given: Any) -> Callabl
 
 
 def _our_layer(layer: Layer, args: Mapping[str, Any], method: str) -> Callable[[], None]:
-    """One layer there and back, ten times a call; with the formulation that the model gives it."""
+    """One layer there and back, `LAYER_CALLS` times; with the formulation that the model gives it."""
     import jax
 
     from efficientnet.model.convolution import grouped_conv
@@ -308,7 +305,7 @@ def _our_layer(layer: Layer, args: Mapping[str, Any], method: str) -> Callable[[
     both = jax.jit(both, compiler_options=compiler_options(args['device'])).lower(x, weights).compile()
 
     def job() -> None:
-        for _ in range(10):
+        for _ in range(LAYER_CALLS):
             done = both(x, weights)
         jax.block_until_ready(done)
 
@@ -334,7 +331,7 @@ def _torch_layer(layer: Layer, args: Mapping[str, Any], where: Any, layout: Any,
     autocast = functools.partial(torch.autocast, where.type, compute, enabled=compute != torch.float32)
 
     def job() -> None:
-        for _ in range(10):
+        for _ in range(LAYER_CALLS):
             with autocast():
                 y = module(x)
             y.backward(y.detach())

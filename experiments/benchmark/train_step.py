@@ -9,9 +9,9 @@ in fp32 NCHW is the faster). The architecture is the same, and so are the number
 Peak memory is what a side's process holds at most while it is measured, less what it held after its imports; on a
 GPU what the device's allocator held. FLOP/s are two a multiply-add of the network, three times for a training step
 whatever the formulation really does, given as a share of what a matrix product of this machine reaches. Bytes are
-those that XLA says its operations read and write, with what custom calls do (such as oneDNN's convolutions), given as
-a share of what a large copy moves in the same time. They are a rough count: on a CPU a weight that is cut out of the
-packed array counts as all of that array, and a loop, such as that over micro-batches, as one turn of it.
+counted from the network as well, as if every layer ran by itself, read its tensors from memory and wrote them there
+(sides.least_bytes), given as a share of what a large copy moves: who moves more is slower, who fuses or finds things
+in the cache moves less.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 from efficientnet.errors import ConfigError
 from experiments.benchmark import sides
 from experiments.benchmark.setup import MIB, add_model_flags, check_flags, describe, progress, table
+from experiments.benchmark.sides import LAYER_CALLS
 from experiments.benchmark.workers import Worker
 
 AGAINST = ('timm', 'timm-compile', 'native', 'none')
@@ -111,7 +112,8 @@ def summary(
     ratios = [theirs / mine for theirs, mine in zip(seconds[other], seconds['ours'], strict=True)] if other else []
     passes = 3 if args['mode'] == 'train' else 1
     flops = {name: 2 * passes * ours['macs'] * rate for name, rate in rates.items()}
-    step = statistics.median(seconds['ours']) / args['steps']
+    steps = {name: statistics.median(values) / args['steps'] for name, values in seconds.items()}
+    moved = {name: ours['bytes'] / seconds for name, seconds in steps.items()}
     return {
         'benchmark': 'train_step',
         'flags': dict(args),
@@ -124,7 +126,8 @@ def summary(
         'peak_bytes': dict(memory),
         'flops_per_second': flops,
         'flops_share': {name: value / peaks['peak_flops'] for name, value in flops.items()},
-        'bandwidth_share': ours['bytes'] / step / peaks['peak_bandwidth'],
+        'bytes_per_second': moved,
+        'bandwidth_share': {name: value / peaks['peak_bandwidth'] for name, value in moved.items()},
         'machine': {'device': ours['device'], **peaks},
     }
 
@@ -132,7 +135,7 @@ def summary(
 def show(result: Mapping[str, Any]) -> str:
     """Returns a table of the sides, and one of the layers if they were measured."""
     args, machine = result['flags'], result['machine']
-    rows = [('', 'images/s', 'compiling, s', 'peak MiB', 'GFLOP/s', 'of a matrix product')]
+    rows = [('', 'images/s', 'compiling, s', 'peak MiB', 'GFLOP/s', 'of a matrix product', 'GB/s', 'of a copy')]
     for name, rate in result['images_per_second'].items():
         rows.append(
             (
@@ -142,6 +145,8 @@ def show(result: Mapping[str, Any]) -> str:
                 f'{result["peak_bytes"][name] / MIB:,.0f}',
                 f'{result["flops_per_second"][name] / 1e9:,.0f}',
                 f'{result["flops_share"][name]:.0%}',
+                f'{result["bytes_per_second"][name] / 1e9:.1f}',
+                f'{result["bandwidth_share"][name]:.0%}',
             )
         )
     work = args['mode'] if args['mode'] != 'train' else f'train, recompute {args["recompute"]}'
@@ -159,9 +164,7 @@ def show(result: Mapping[str, Any]) -> str:
         lines.append(f'ours ÷ {args["against"]}: {result["ratio"]:.3f} (rounds {low:.3f} to {high:.3f})')
     cached = result['cached_compile_seconds']
     again = 'anew in every process' if cached is None else f'in {cached:.1f} s from the cache'
-    speed = f'{result["bandwidth_share"] * machine["peak_bandwidth"] / 1e9:,.1f} GB/s'
-    share = f'{result["bandwidth_share"]:.0%} of what copies move in its time'
-    lines.append(f'ours compiles {again} and by its count of bytes moves {speed}, {share}')
+    lines.append(f'ours compiles {again}')
     if result['layers']:
         lines += ['', table(_layer_rows(result['layers']))]
     return '\n'.join(lines)
@@ -184,7 +187,8 @@ def _measure_layers(workers: Mapping[str, Worker], found: Mapping[str, Any], rou
     rows = []
     for layer in found['ours']['layers']:
         seconds = _alternate(workers, layer, rounds)
-        rows.append({'layer': layer} | {name: statistics.median(values) for name, values in seconds.items()})
+        medians = {name: statistics.median(values) / LAYER_CALLS for name, values in seconds.items()}
+        rows.append({'layer': layer} | medians)
     return rows
 
 
