@@ -50,9 +50,11 @@ def one_line(speaks: Callable[[Exception], bool] = lambda _: True) -> Iterator[N
     Args:
         speaks: Whether this process is the one to say what is wrong.
     """
+    if sys.stdout is None:  # it was closed, as by >&-
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
     try:
         yield
-        sys.stdout.flush()
+        _flush()
     except MISTAKES as error:
         try:
             sys.stdout.flush()
@@ -66,6 +68,15 @@ def one_line(speaks: Callable[[Exception], bool] = lambda _: True) -> Iterator[N
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(f'standard output cannot be written: {error.strerror}') from error
 
 
 def plainly(error: Exception) -> str:

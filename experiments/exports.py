@@ -67,7 +67,7 @@ def assemble_evaluation(config: ml_collections.ConfigDict) -> Parts:
     config.micro_batch = config.replicas = config.stages = 1
     config.splits, config.pipeline = 'auto', 'grouped'
     config.augment.mixup_alpha = config.augment.cutmix_probability = 0.0  # nothing is mixed with micro_batch=1
-    return assemble(config)
+    return assemble(config, stored=True)
 
 
 def measure(arguments: argparse.Namespace) -> None:

@@ -54,6 +54,29 @@ def test_a_command_ends_when_nobody_reads_on():
     assert left.value.code == 1
 
 
+def test_standard_output_that_is_closed_is_written_to_in_vain(monkeypatch):
+    monkeypatch.setattr(sys, 'stdout', None)
+    with one_line():
+        print('seen by nobody')
+    sys.stdout.close()
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a disk that is full')
+def test_standard_output_that_is_full(capfd):
+    with open('/dev/full', 'w') as out, contextlib.redirect_stdout(out):
+        with pytest.raises(SystemExit) as left, one_line():
+            print('does not fit')
+        assert left.value.code == 2
+    assert capfd.readouterr().err == 'error: standard output cannot be written: No space left on device\n'
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a disk that is full')
+def test_a_run_goes_on_when_its_words_do_not_fit():
+    with open('/dev/full', 'w') as out, contextlib.redirect_stdout(out):
+        for _ in range(2):
+            say('step 1')
+
+
 def test_a_run_goes_on_when_nobody_reads_on():
     with nobody_reads():
         with pytest.raises(BrokenPipeError):

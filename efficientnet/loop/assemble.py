@@ -53,6 +53,7 @@ class Parts:
     evaluate_every: int  # steps; 0 = only at the end
     checkpoint_every: int
     log_every: int
+    idle: frozenset[str] = frozenset()  # fields that nothing reads under the other settings
     damaged_train: dict[int, str] = dataclasses.field(default_factory=dict)  # what this process has met, by index
     damaged_test: dict[int, str] = dataclasses.field(default_factory=dict)
 
@@ -126,12 +127,13 @@ class Parts:
         )
 
 
-def assemble(config: ml_collections.ConfigDict, sources: Sources | None = None) -> Parts:
+def assemble(config: ml_collections.ConfigDict, sources: Sources | None = None, *, stored: bool = False) -> Parts:
     """Builds and checks the parts of a run.
 
     Args:
         config: All fields of configs/base.py.
         sources: What stands in for the data set that the config names; None opens that.
+        stored: Whether it is that of an earlier run, of which nobody expects that every field is read.
 
     Raises:
         ConfigError: A field is unknown, unused, out of range or at odds with another.
@@ -193,8 +195,9 @@ def assemble(config: ml_collections.ConfigDict, sources: Sources | None = None) 
         log_every=to_interval('log_every', fields.log_every, **sizes),
     )
     _check_input(fields, parts)
-    check_used(fields)
-    return parts
+    if not stored:
+        check_used(fields)
+    return dataclasses.replace(parts, idle=frozenset(fields.unread()))
 
 
 def _check_ranges(fields: Fields) -> None:

@@ -5,10 +5,13 @@ and a digest of all bytes. Orbax writes into a temporary folder and renames it, 
 under the final name; the digest finds what a disk or a copy damaged later.
 """
 
+import functools
 import logging
 import pathlib
 import shutil
+import sys
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -37,7 +40,7 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int, *, owner: bool = True) -> None:
         if keep < 1:
             raise ConfigError(f'checkpoint.keep={keep} must be at least 1')
-        logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax reports every step of every save there
+        _hush()
         best = keep_policy.BestN(get_metric_fn=_score, reverse=False, n=1, keep_checkpoints_without_metrics=False)
         policy = keep_policy.AnyPreservationPolicy([keep_policy.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
@@ -144,6 +147,24 @@ class Checkpoints:
     def close(self) -> None:
         """Releases the manager's threads."""
         self._manager.close()
+
+
+def _hush() -> None:
+    """Keeps what Orbax and TensorStore say out of the way of what a run says."""
+    # Every step of every save, and of what fails, which is raised as well, every thread's traceback.
+    for name in ('absl', 'asyncio'):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # TensorStore's threads report by these hooks that, after an error, Orbax has closed the loop they answer to.
+    for name in ('excepthook', 'unraisablehook'):
+        hook = getattr(sys, name)
+        if getattr(hook, 'func', None) is not _pass_on:
+            setattr(sys, name, functools.partial(_pass_on, hook))
+
+
+def _pass_on(hook: Callable, *report: Any) -> None:
+    error = report[1] if len(report) > 1 else report[0].exc_value
+    if str(error) != 'Event loop is closed':
+        hook(*report)
 
 
 def _score(metrics: dict[str, float] | None) -> float | None:

@@ -36,11 +36,11 @@ COLUMNS = (
 
 
 def say(*lines: str) -> None:
-    """Prints lines for a person, at once; in process 0 only. Who reads along may leave: the run goes on."""
+    """Prints lines for a person, at once; in process 0 only. If nobody reads them, the run goes on."""
     if first() and lines:
         try:
             print(*lines, sep='\n', flush=True)
-        except BrokenPipeError:
+        except OSError:
             mute_stdout()
 
 
@@ -138,11 +138,14 @@ class Report:
         self._latest: dict[str, float] = {}
         self._row_start = (clock.steps, clock.training)
         self._start = (step, clock.seconds - clock.compiling)
-        path = workdir / 'metrics.csv'
-        _forget_rows_after(path, step)
-        self._file = path.open('a', newline='')
-        self._csv = csv.DictWriter(self._file, COLUMNS)
+        self._path = workdir / 'metrics.csv'
+        self._last = _forget_rows_after(self._path, step)
+        self._open()
         self._events = Writer(str(workdir))
+
+    def _open(self) -> None:
+        self._file = self._path.open('a', newline='')
+        self._csv = csv.DictWriter(self._file, COLUMNS)
 
     def add(self, metrics: dict[str, Any]) -> None:
         """Takes in the metrics of one update."""
@@ -157,12 +160,18 @@ class Report:
             loss, correct, count = self._sums
             values |= {'train_loss': loss / count, 'train_accuracy': correct / count}
         steps, seconds = self._row_start
-        if self._clock.training > seconds:
+        if self._clock.steps > steps and self._clock.training > seconds:
             rate = (self._clock.steps - steps) * self._global_batch / (self._clock.training - seconds)
             values['images_per_second'] = rate
         names = ('learning_rate', 'gradient_norm', 'update_norm', 'weight_norm', 'loss_scale', 'skipped')
         values |= {name: self._latest[name] for name in names if name in self._latest} | (evaluation or {})
-        self._csv.writerow({name: _short(value) for name, value in values.items()})
+        row = {name: _short(value) for name, value in values.items()}
+        if self._last.get('step') == str(step):  # it was written, without what is made up for now
+            row = self._last | row
+            self._file.close()
+            _forget_rows_after(self._path, step - 1)
+            self._open()
+        self._csv.writerow(row)
         self._file.flush()
         for name, value in values.items():
             if name != 'step':
@@ -212,8 +221,8 @@ def _short(value: float) -> float | str:
     return f'{value:.7g}' if isinstance(value, float) else value
 
 
-def _forget_rows_after(path: pathlib.Path, step: int) -> None:
-    """Leaves a file with a header and the rows up to a step: those after it will be written again."""
+def _forget_rows_after(path: pathlib.Path, step: int) -> dict[str, str]:
+    """Leaves a file with a header and the rows up to a step, and returns the last: those after it are written again."""
     rows = []
     if path.exists():
         with path.open(newline='') as file:
@@ -225,3 +234,4 @@ def _forget_rows_after(path: pathlib.Path, step: int) -> None:
         writer.writeheader()
         writer.writerows(rows)
     draft.replace(path)
+    return rows[-1] if rows else {}

@@ -68,6 +68,9 @@ def config_of(fields: dict[str, Any], where: str) -> ml_collections.ConfigDict:
         config.update_from_flattened_dict(fields)
     except (TypeError, ValueError) as error:
         raise ConfigError(f'{where} has a field of another type than configs/base.py: {error}') from error
+    empty = [name for name, value in flatten(config).items() if value is None]
+    if empty:
+        raise ConfigError(f'{where} has null for {", ".join(empty)}; restore what was there')
     return config
 
 
@@ -115,15 +118,18 @@ def check_used(fields: Fields) -> None:
         raise ConfigError(f'nothing reads these fields under the other settings: {changes}; leave them out')
 
 
-def check_resumable(stored: dict[str, Any], config: dict[str, Any], workdir: str) -> None:
+def check_resumable(
+    stored: dict[str, Any], config: dict[str, Any], workdir: str, idle: frozenset[str] = frozenset()
+) -> None:
     """Raises ConfigError if the run in `workdir` was made with other settings than may change, see `RESUMABLE`.
 
     Args:
         stored: The flat config that the run was started with.
         config: The flat config of the run that would go on.
         workdir: Named in the message.
+        idle: Fields that nothing reads now, and that may therefore differ.
     """
-    free = set(RESUMABLE)
+    free = set(RESUMABLE) | idle
     if config.get('augment.mixup_alpha') or config.get('augment.cutmix_probability') or config['model.norm'] == 'batch':
         free -= {'micro_batch'}
     if config.get('model.batch_norm_sync'):

@@ -67,12 +67,14 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
         The evaluation columns of metrics.csv.
     """
     config = processes.from_first(lambda: stored_config(workdir, config))
+    replicas = processes.together(
+        lambda: largest_replicas(config.global_batch, jax.device_count(), jax.process_count())
+    )
     with config.unlocked():
-        config.micro_batch = 1
-        config.replicas = largest_replicas(config.global_batch, jax.device_count(), jax.process_count())
+        config.micro_batch, config.replicas = 1, replicas
         config.stages, config.splits, config.pipeline = 1, 'auto', 'grouped'
         config.augment.mixup_alpha = config.augment.cutmix_probability = 0.0  # nothing is mixed with micro_batch=1
-    parts = _assemble(config)
+    parts = _assemble(config, stored=True)
     processes.from_first(lambda: check_classes(workdir, facts_of(parts.train_source)))
     with Interrupt() as interrupt, Run(parts, workdir, interrupt, owner=False) as run:
         run.restore()
@@ -85,9 +87,9 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
     return run.evaluation
 
 
-def _assemble(config: ml_collections.ConfigDict) -> Parts:
+def _assemble(config: ml_collections.ConfigDict, *, stored: bool = False) -> Parts:
     """Assembles a run in every process, from the same data."""
-    parts = processes.together(lambda: assemble(config))
+    parts = processes.together(lambda: assemble(config, stored=stored))
     from input_pipeline import pipeline  # noqa: F401  # TensorFlow, whose seconds would be counted as training
 
     train_source, test_source = parts.train_source, parts.test_source

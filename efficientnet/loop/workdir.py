@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def claim(workdir: pathlib.Path, parts: Parts) -> Iterator[None]:
         except BlockingIOError as error:
             raise ConfigError(f'--workdir={workdir} is in use by another process; give another one') from error
         if (workdir / CONFIG).exists():
-            check_resumable(flatten(read_stored(workdir)), flatten(config), str(workdir))
+            check_resumable(flatten(read_stored(workdir)), flatten(config), str(workdir), parts.idle)
         check_classes(workdir, facts_of(parts.train_source))
         _check_room(workdir, parts)
         with writing(workdir):
@@ -81,7 +82,7 @@ def stored_config(workdir: pathlib.Path, given: ml_collections.ConfigDict | None
     Raises:
         ConfigError: There is no run, it has another config, or one that cannot be.
     """
-    if not (workdir / CONFIG).exists():
+    if not os.path.exists(workdir / CONFIG):  # pathlib's raises for names that are too long
         raise ConfigError(f'--workdir={workdir} holds no run: there is no {CONFIG} in it')
     stored = config_of(flatten(read_stored(workdir)), str(workdir / CONFIG))
     if given is None:
@@ -96,6 +97,8 @@ def stored_config(workdir: pathlib.Path, given: ml_collections.ConfigDict | None
 
 def _check_room(workdir: pathlib.Path, parts: Parts) -> None:
     """Raises ConfigError if the checkpoints to keep, the best, and one being written don't fit on the disk."""
+    if (workdir / CHECKPOINTS / str(parts.total_steps)).exists():
+        return  # a finished run
     leaves = jax.tree.leaves(parts.state_shapes())
     one = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     there = sum(path.stat().st_size for path in (workdir / CHECKPOINTS).rglob('*') if path.is_file())
@@ -103,6 +106,6 @@ def _check_room(workdir: pathlib.Path, parts: Parts) -> None:
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise ConfigError(
-            f'--workdir={workdir} has {free / 1e6:.0f} MB free, but checkpoint.keep='
-            f'{parts.config.checkpoint.keep} needs about {needed / 1e6:.0f} MB more; make room or keep fewer'
+            f'--workdir={workdir} has {free / 1e6:.1f} MB free, but checkpoint.keep='
+            f'{parts.config.checkpoint.keep} needs about {needed / 1e6:.1f} MB more; make room or keep fewer'
         )

@@ -107,6 +107,12 @@ def choose_method(x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], strid
     return 'split' if groups <= FEW_GROUPS else 'loop'
 
 
+def check_method(method: str) -> None:
+    """Raises ConfigError unless it is 'auto' or a key of METHODS."""
+    if method not in ('auto', *METHODS):
+        raise ConfigError(f'conv_method={method!r} must be auto, {", ".join(METHODS)}')
+
+
 def choose_library(method: str, image_size: int) -> str:
     """Decides whether a network's convolutions are oneDNN's, where nobody has.
 
@@ -118,8 +124,9 @@ def choose_library(method: str, image_size: int) -> str:
         'onednn' in place of 'auto' if it can be had and gains more than its programs, never cached, take to compile.
 
     Raises:
-        ConfigError: It was asked for and can't be had.
+        ConfigError: It was asked for and can't be had, or there is no such method.
     """
+    check_method(method)
     if method == 'onednn':
         onednn.check_available()
     return 'onednn' if method == 'auto' and image_size > CACHED_SIDE and onednn.available() else method

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from efficientnet.errors import ConfigError
-from efficientnet.model.convolution import METHODS, Padding, grouped_conv
+from efficientnet.model.convolution import Padding, check_method, grouped_conv
 from efficientnet.model.normalization import BatchNorm, GroupNorm, Layout, ProxyNormSwish, Shift
 from efficientnet.model.pixel_sums import pixel_sum
 from efficientnet.model.scaling import BlockSpec, ModelSpec, block_names
@@ -102,7 +102,7 @@ class Layers(nn.Module):
 
     def _norm_groups(self, name: str, channels: int) -> int:
         size = self.norm_group_size
-        if size and channels % size:
+        if size and (size < 0 or channels % size):
             raise ConfigError(f'norm_group_size={size} must divide the {channels} channels of {self.name}/{name}')
         return channels // size if size else self.norm_groups
 
@@ -264,8 +264,7 @@ class EfficientNet(Layers, kw_only=True):
             raise ConfigError(
                 f'norm=layer_proxy needs activation=swish, its proxy is of that, got {self.spec.activation}'
             )
-        if self.conv_method not in ('auto', *METHODS):
-            raise ConfigError(f'conv_method={self.conv_method!r} must be auto, {", ".join(METHODS)}')
+        check_method(self.conv_method)
         return names
 
     def _random_blocks(self, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -293,6 +293,7 @@ def _check_devices() -> None:
 
 def _leave_alone(error: BaseException, watch: 'Watch') -> NoReturn:
     """Ends this process in the middle of everything, and tells the others."""
+    watch.wait_if_leaving()
     name = f'process {watch.own}'
     number = getattr(error, 'number', None)  # of a signal
     if isinstance(error, KeyboardInterrupt):
@@ -346,6 +347,11 @@ class Watch:
         if self.own == 0:
             time.sleep(1)  # JAX kills the others when process 0 stops to answer: let them end by themselves
         os._exit(status)  # threads may wait in a collective that will never end
+
+    def wait_if_leaving(self) -> None:
+        """Leaves the last word to the thread that has seen another process go, and with it the end of this one."""
+        if self._leaving:
+            self._thread.join()
 
     def part(self) -> None:
         """Waits until every process has come to the end, and disconnects."""

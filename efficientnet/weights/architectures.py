@@ -26,7 +26,7 @@ SIZES = {
     'lite0': (224, 0.875), 'lite1': (240, 0.882), 'lite2': (260, 0.890), 'lite3': (280, 0.897), 'lite4': (300, 0.904),
 }  # fmt: skip
 TIMM_SIZES = {'b2': (256, 0.875), 'b3': (288, 0.904), 'b4': (320, 0.875), 'b5': (448, 1.0)}
-TIMM_LITE_SIZES = {'lite3': (300, 0.904), 'lite4': (380, 0.920)}  # with and without tf_
+TIMM_LITE_SIZES = {'lite3': (300, 0.904), 'lite4': (380, 0.922)}  # with tf_ the latter is cut 0.920
 TORCHVISION_SIZES = {
     'b0': (224, 224 / 256), 'b1': (240, 240 / 256), 'b2': (288, 1.0), 'b3': (300, 300 / 320),
     'b4': (380, 380 / 384), 'b5': (456, 1.0), 'b6': (528, 1.0), 'b7': (600, 1.0),
@@ -94,6 +94,7 @@ def fields_of(scheme: str, name: str) -> Fields:
         size, crop = TORCHVISION_SIZES[variant]
     elif scheme == 'timm':
         fields |= TENSORFLOW | (HALVES if lite else IMAGENET)
+        crop = 0.92 if variant == 'lite4' else crop
         fields |= HALVES if '.ap_' in name or name.endswith('_ap') else {}  # trained with adversarial examples
     else:
         fields |= TENSORFLOW | (LITE if lite else IMAGENET)

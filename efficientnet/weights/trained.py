@@ -114,7 +114,7 @@ def write_run(dest: pathlib.Path, trained: Trained) -> None:
         raise ConfigError(f'{dest} exists; give a folder that does not')
     check_shapes(trained, str(dest))
     trained = trained._replace(config=deployed_config(trained.config, max(trained.step, 1)))
-    parts = assemble(trained.config, (_placeholder(trained.dataset),) * 2)
+    parts = assemble(trained.config, (_placeholder(trained.dataset),) * 2, stored=True)
     packed = init_state(trained.variables, np.uint32(0), parts.optimizer, parts.packings, parts.rule)
     state = unpack_state(jax.device_get(packed), parts.packings)._replace(step=np.int32(trained.step))
     facts = {

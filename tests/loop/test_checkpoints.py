@@ -1,6 +1,8 @@
 """Checkpoints: bit-exact, newest and best kept, damage found and stepped over."""
 
 import pathlib
+import sys
+import types
 from unittest import mock
 
 import jax
@@ -142,6 +144,19 @@ def test_a_death_while_one_takes_the_place_of_another(tmp_path, checkpoints):
     again = Checkpoints(tmp_path / 'checkpoints', keep=2)
     assert_same(again.restore_newest(state(0))[0], state(2))
     again.close()
+
+
+def test_hooks_pass_on_what_is_not_tensorstores(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, 'excepthook', lambda *report: seen.append(report))
+    monkeypatch.setattr(sys, 'unraisablehook', lambda *report: seen.append(report))
+    for _ in range(2):
+        Checkpoints(tmp_path / 'c', keep=1).close()
+    closed, other = RuntimeError('Event loop is closed'), RuntimeError('else')
+    for error in (closed, other):
+        sys.excepthook(RuntimeError, error, None)
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert seen == [(RuntimeError, other, None), (types.SimpleNamespace(exc_value=other),)]
 
 
 def test_keep_must_be_positive(tmp_path):

@@ -95,6 +95,29 @@ def test_resuming_forgets_later_rows_and_half_rows(tmp_path):
     assert float(rows(tmp_path)[-1]['train_loss']) == 0.25
 
 
+def test_an_evaluation_that_is_made_up_for_joins_its_row(tmp_path, capsys):
+    clock = Clock({})
+    book = report(tmp_path, clock=clock)
+    for step in (2, 4):
+        book.add(metrics(8.0))
+        clock.training += 2.0
+        book.row(step)
+    book.close()
+    book = report(tmp_path, step=4, clock=clock)
+    clock.training += 0.01  # of no update
+    book.row(4, {'test_accuracy': 0.5, 'test_top5': 1.0, 'test_loss': 1.0})
+    assert 'images/s' not in capsys.readouterr().out.splitlines()[-1]
+    book.add(metrics(8.0))
+    book.row(6)
+    book.close()
+    before, made_up, after = rows(tmp_path)
+    assert [row['step'] for row in (before, made_up, after)] == ['2', '4', '6']
+    assert made_up['test_accuracy'] == '0.5'
+    assert {name: made_up[name] for name in ('train_loss', 'images_per_second')} == {
+        name: before[name] for name in ('train_loss', 'images_per_second')
+    }
+
+
 def test_tensorboard_has_the_values(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

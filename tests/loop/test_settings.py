@@ -42,6 +42,14 @@ def test_a_changed_field_that_nothing_reads():
     check_used(fields)
 
 
+def test_what_nothing_reads_may_differ():
+    stored, now = (flatten(base.get_config()) for _ in range(2))
+    stored['precision.rounding'] = 'nearest'
+    with pytest.raises(ConfigError, match=r'precision\.rounding'):
+        check_resumable(stored, now, 'runs/x')
+    check_resumable(stored, now, 'runs/x', frozenset({'precision.rounding'}))
+
+
 def test_a_run_from_before_a_field_goes_on():
     stored, now = (flatten(base.get_config()) for _ in range(2))
     del stored['model.activation']
@@ -57,6 +65,8 @@ def test_config_of_what_was_stored():
         config_of({'beta': 1}, 'config.json')
     with pytest.raises(ConfigError, match=r'config\.json has a field of another type'):
         config_of({'image_size': '64'}, 'config.json')
+    with pytest.raises(ConfigError, match=r'config\.json has null for augment\.mean, seed; restore'):
+        config_of({'seed': None, 'augment.mean': None}, 'config.json')
 
 
 def test_resumable_fields_exist():

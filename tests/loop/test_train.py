@@ -120,6 +120,16 @@ def test_evaluate_without_a_run(tmp_path):
         evaluate(None, tmp_path)
 
 
+def test_a_run_with_a_field_that_nothing_reads_any_more(tmp_path, finished, capsys):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    stored = json.loads((tmp_path / 'config.json').read_text())
+    stored['input']['resize'] = 'area'
+    (tmp_path / 'config.json').write_text(json.dumps(stored))
+    assert evaluate(None, tmp_path)['test_accuracy'] == pytest.approx(finished[1]['test_accuracy'])
+    train(tiny_config(**TINY), tmp_path)
+    assert 'nothing left to do' in capsys.readouterr().out
+
+
 def test_another_recipe_in_the_same_folder(finished):
     with pytest.raises(ConfigError, match=r'optimizer\.momentum: 0\.885 there, 0\.5 now'):
         train(tiny_config(**TINY, optimizer__momentum=0.5), finished[0])

@@ -183,7 +183,7 @@ def test_a_run_that_starts_from_another(tmp_path, monkeypatch, capsys):
     """A wrong path leaves no trace; the frozen part is the other run's at the end; going on needs no other run."""
 
     def go(**changes):
-        monkeypatch.setattr('efficientnet.loop.train.assemble', lambda config: tiny_parts(1, **options, **changes))
+        monkeypatch.setattr('efficientnet.loop.train.assemble', lambda config, **_: tiny_parts(1, **options, **changes))
         train(tiny_config(), tmp_path / 'run')
         return capsys.readouterr().out
 
