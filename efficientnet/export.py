@@ -198,7 +198,8 @@ def to_onnx(trained: Trained, card: dict[str, Any]) -> bytes:
         import jax2onnx
     except ImportError as error:
         raise ConfigError(
-            f'--format=onnx needs jax2onnx ({error}); install it: pip install --no-deps -r requirements-onnx.txt'
+            f'--format=onnx needs jax2onnx ({error}); install it: '
+            '.venv/bin/pip install --no-deps -r requirements-onnx.txt'
         ) from error
     size = trained.config.image_size
     model = jax2onnx.to_onnx(

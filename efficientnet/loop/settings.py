@@ -115,7 +115,10 @@ def check_used(fields: Fields) -> None:
     idle = sorted(name for name in fields.unread() if given[name] != neutral[name])
     if idle:
         changes = ', '.join(f'{name}={given[name]!r}' for name in idle)
-        raise ConfigError(f'nothing reads these fields under the other settings: {changes}; leave them out')
+        hint = ''
+        if 'input.dir' in idle:
+            hint = f"; dataset={given['dataset']!r} needs no folder, your own images need dataset='folder'"
+        raise ConfigError(f'nothing reads these fields under the other settings: {changes}; leave them out{hint}')
 
 
 def check_resumable(

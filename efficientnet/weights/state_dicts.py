@@ -77,8 +77,8 @@ def _read_pickle(source: pathlib.Path, kind: str) -> StateDict:
         import torch
     except ImportError as error:
         raise ConfigError(
-            f'reading {source} needs PyTorch, which is not installed: pip install torch, or convert the file to '
-            '.safetensors elsewhere'
+            f'reading {source} needs PyTorch, which is not installed: .venv/bin/pip install torch, or convert the '
+            'file to .safetensors elsewhere'
         ) from error
     try:
         with warnings.catch_warnings(action='ignore'):  # of a pickle's age and make; what matters is raised

@@ -126,6 +126,11 @@ def test_fields_that_nothing_reads(changes):
         assemble(tiny_config(**changes))
 
 
+def test_a_folder_that_the_data_set_does_not_need():
+    with pytest.raises(ConfigError, match=r"input\.dir='/photos'; .* your own images need dataset='folder'"):
+        assemble(tiny_config(input__dir='/photos'))
+
+
 def test_what_happens_every_so_often_happens():
     """A data set of less than one batch still has checkpoints on the way."""
     parts = tiny_parts(blocks=1, global_batch=2000, micro_batch=1000, checkpoint__every='1 epochs', log_every='0 steps')
