@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.export
-import ml_collections
 import numpy as np
 
 from efficientnet.convert import convert
 from efficientnet.errors import one_line
 from efficientnet.export import export
-from efficientnet.loop.assemble import Parts, assemble
+from efficientnet.loop.assemble import assemble
+from efficientnet.loop.settings import for_evaluation
 from efficientnet.predict import make_probabilities
 from efficientnet.weights.trained import read_run
 
@@ -61,15 +61,6 @@ def accuracy(run: Callable[[np.ndarray], np.ndarray], batches: Iterable[Mapping[
     return hits / count
 
 
-def assemble_evaluation(config: ml_collections.ConfigDict) -> Parts:
-    """Assembles a run on one device for what --mode=evaluate tests it on, whatever layout it was trained in."""
-    config = config.copy_and_resolve_references()
-    config.micro_batch = config.replicas = config.stages = 1
-    config.splits, config.pipeline = 'auto', 'grouped'
-    config.augment.mixup_alpha = config.augment.cutmix_probability = 0.0  # nothing is mixed with micro_batch=1
-    return assemble(config, stored=True)
-
-
 def measure(arguments: argparse.Namespace) -> None:
     """Exports, measures and prints.
 
@@ -77,7 +68,7 @@ def measure(arguments: argparse.Namespace) -> None:
         ConfigError: There is no such run, or it lacks one of the weights.
         DataError: Its data set is missing or unusable.
     """
-    parts = assemble_evaluation(read_run(arguments.run, field='RUN').config)
+    parts = assemble(for_evaluation(read_run(arguments.run, field='RUN').config, 1), stored=True)
     print('| format | weights | policy | bytes | test accuracy |\n| --- | --- | --- | --- | --- |')
     with tempfile.TemporaryDirectory() as folder:
         for number, (form, kind, policy) in enumerate(ROWS + ONNX * arguments.onnx):

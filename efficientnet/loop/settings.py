@@ -74,6 +74,16 @@ def config_of(fields: dict[str, Any], where: str) -> ml_collections.ConfigDict:
     return config
 
 
+def for_evaluation(config: ml_collections.ConfigDict, replicas: int) -> ml_collections.ConfigDict:
+    """Returns the config of a run, in whatever layout it was trained, as it is evaluated on so many devices."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.micro_batch, config.replicas = 1, replicas
+        config.stages, config.splits, config.pipeline = 1, 'auto', 'grouped'
+        config.augment.mixup_alpha = config.augment.cutmix_probability = 0.0  # nothing is mixed with micro_batch=1
+    return config
+
+
 @dataclasses.dataclass(frozen=True)
 class Fields:
     """A read-only view of a config that remembers the dotted names of the fields that were read."""
@@ -137,7 +147,7 @@ def check_resumable(
         free -= {'micro_batch'}
     if config.get('model.batch_norm_sync'):
         free -= {'replicas'}
-    stored = flatten(base.get_config()) | stored  # what an older run lacks is as it was then
+    stored = flatten(base.get_config()) | stored  # what an older run lacks
     names = sorted((stored.keys() | config.keys()) - free)
     absent = object()
     changed = [name for name in names if stored.get(name, absent) != config.get(name, absent)]

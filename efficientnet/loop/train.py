@@ -16,6 +16,7 @@ from efficientnet.loop.host_memory import make_room
 from efficientnet.loop.interrupt import Interrupt, Interrupted
 from efficientnet.loop.programs import compile_programs
 from efficientnet.loop.reporting import Clock, Report, describe, duration, evaluation_text, say
+from efficientnet.loop.settings import for_evaluation
 from efficientnet.loop.workdir import claim, has_checkpoint, stored_config, writing
 from efficientnet.parallel import processes
 from efficientnet.parallel.layout import largest_replicas
@@ -70,11 +71,7 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: pathlib.Path) ->
     replicas = processes.together(
         lambda: largest_replicas(config.global_batch, jax.device_count(), jax.process_count())
     )
-    with config.unlocked():
-        config.micro_batch, config.replicas = 1, replicas
-        config.stages, config.splits, config.pipeline = 1, 'auto', 'grouped'
-        config.augment.mixup_alpha = config.augment.cutmix_probability = 0.0  # nothing is mixed with micro_batch=1
-    parts = _assemble(config, stored=True)
+    parts = _assemble(for_evaluation(config, replicas), stored=True)
     processes.from_first(lambda: check_classes(workdir, facts_of(parts.train_source)))
     with Interrupt() as interrupt, Run(parts, workdir, interrupt, owner=False) as run:
         run.restore()

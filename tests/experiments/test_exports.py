@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import input_pipeline
+from efficientnet.loop.assemble import assemble
+from efficientnet.loop.settings import for_evaluation
 from efficientnet.weights.trained import write_run
 from experiments import exports
 from tests.tiny import tiny_config, tiny_trained
@@ -14,7 +16,7 @@ def test_images_are_those_of_the_runs_evaluation():
         dataset='sample_photos', image_size=16, evaluation__crop_ratio=0.5, input__resize='area', replicas=4
     )
     config.augment.mixup_alpha, config.evaluation.batch = 0.1, 2
-    (found,) = exports.assemble_evaluation(config).evaluation_batches()
+    (found,) = assemble(for_evaluation(config, 1), stored=True).evaluation_batches()
     source = input_pipeline.open_source('sample_photos', 'test')
     options = {'image_size': 16, 'batch': 2}
     (right,) = input_pipeline.evaluation_batches(source, resize='area', crop_ratio=0.5, **options)
