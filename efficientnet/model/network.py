@@ -71,7 +71,7 @@ class Layers(nn.Module):
         padding: 'same' (TensorFlow) or 'symmetric' (PyTorch).
         conv_method: formulation of the blocks' spatial convolution, a key of `convolution.METHODS` or 'auto'; 'onednn'
             is the stem's as well.
-        dtype: compute dtype of activations. Statistics, pools and the classifier are fp32.
+        dtype: compute dtype of activations. Statistics, pools, gates and the classifier are fp32.
         frozen_norms: of 'batch', names such as 'block1a/expand_norm': they work as in evaluation in training too.
     """
 
@@ -113,7 +113,7 @@ class Layers(nn.Module):
     def normalize_swish(self, name: str, x: Array, train: bool) -> Array:
         """Norm and activation."""
         x, factor = self.normalize_swish_deferred(name, x, train)
-        return x if factor is None else x * factor.astype(x.dtype)[None, None, None, :]
+        return x if factor is None else gated(x, _for_each_sample(factor, x))
 
     def normalize_swish_deferred(self, name: str, x: Array, train: bool) -> tuple[Array, Array | None]:
         """As above without proxy norm's division; returns the factor [C] that is still due, or None."""
@@ -163,7 +163,7 @@ class MBConv(Layers, kw_only=True):
         if factor is not None:
             # Proxy norm's division of every element becomes a division of the gate; the gate itself looks
             # at the undivided activation, as in the reference.
-            gate = factor.astype(x.dtype)[None] * (1 if gate is None else gate)
+            gate = _for_each_sample(factor, x) * (1 if gate is None else gate)
         # What is gated is cheaper to multiply again than to keep.
         project = nn.remat(_project) if train and gate is not None else _project
         x = project(Conv(spec.out_channels, name='project'), x, gate)
@@ -179,9 +179,9 @@ class MBConv(Layers, kw_only=True):
         return x + inputs
 
     def _gate(self, x: Array) -> Array:
-        """Squeeze-and-excite: sigmoid(W2 act(W1 mean(x) + b1) + b2), [N, C]."""
-        options = {'dtype': x.dtype, 'param_dtype': jnp.float32, 'kernel_init': DENSE_INIT}
-        pooled = (pixel_sum(x) / (x.shape[1] * x.shape[2])).astype(x.dtype)
+        """Squeeze-and-excite: sigmoid(W2 act(W1 mean(x) + b1) + b2), [N, C] in fp32."""
+        options = {'dtype': jnp.float32, 'param_dtype': jnp.float32, 'kernel_init': DENSE_INIT}
+        pooled = pixel_sum(x) / (x.shape[1] * x.shape[2])
         hidden = self.activate(nn.Dense(self.spec.se_channels, name='se_reduce', **options)(pooled))
         gate = nn.sigmoid(nn.Dense(self.spec.mid_channels, name='se_expand', **options)(hidden))
         return jax.lax.optimization_barrier(gate)  # or it would be computed anew in every pixel
@@ -287,7 +287,29 @@ class EfficientNet(Layers, kw_only=True):
 
 
 def _project(conv: nn.Module, x: Array, gate: Array | None) -> Array:
-    return conv(x if gate is None else x * gate[:, None, None, :])
+    return conv(x if gate is None else gated(x, gate))
+
+
+@jax.custom_vjp
+def gated(x: Array, gate: Array) -> Array:
+    """Multiplies x [N, H, W, C] by a gate [N, C] in fp32, and rounds to the dtype of x.
+
+    The gate's gradient is a sum over pixels, which autodiff would form in the dtype of x.
+    """
+    return (x.astype(jnp.float32) * gate[:, None, None, :]).astype(x.dtype)
+
+
+def _gated_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, gate = kept
+    return gated(dy, gate), pixel_sum(dy.astype(jnp.float32) * x.astype(jnp.float32))
+
+
+gated.defvjp(lambda x, gate: (gated(x, gate), (x, gate)), _gated_backward)
+
+
+def _for_each_sample(factor: Array, x: Array) -> Array:
+    """Repeats a factor [C] for every sample of x [N, H, W, C]: a gate [N, C]."""
+    return jnp.broadcast_to(factor, (x.shape[0], x.shape[3]))
 
 
 def _run_block(block: nn.Module, x: Array, sample_keys: Array | None, train: bool) -> Array:

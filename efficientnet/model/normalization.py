@@ -21,7 +21,7 @@ from jax import Array
 from jax.scipy.special import ndtri
 
 from efficientnet.errors import ConfigError
-from efficientnet.model.pixel_sums import pixel_sum
+from efficientnet.model.pixel_sums import pixel_sum, pixel_sums
 
 Layout = Literal['strided', 'contiguous']
 PROXY_QUANTILES = 200
@@ -129,21 +129,28 @@ def _norm_swish_backward(
     # Where dy is not yet there, x is not to be had either: what is computed from it, such as the sigmoid, would
     # otherwise be taken from the forward, and kept in between, as large as x.
     x, _ = jax.lax.optimization_barrier((x, cotangents[0][:1, :1, :1, :1]))
-    x32, dz = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
-    if swish:
-        z = x32 * factor[:, None, None, :] + shift[:, None, None, :]
-        gate = nn.sigmoid(z)
-        dz = dz * gate * (1 + z * (1 - gate))
-    if jax.default_backend() == 'cpu':
+    x32, dy = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
+    dz = _pull_swish(x32, dy, factor, shift) if swish else dy
+    on_cpu = jax.default_backend() == 'cpu'
+    if on_cpu:
         dz = jax.lax.optimization_barrier(dz)  # or each of the three loops that read it would compute it anew
-    sum_dz = pixel_sum(dz)
-    sum_dz_u = pixel_sum(dz * (x32 - mean[:, None, None, :])) * r
+    sum_dz, sum_dz_u = pixel_sums(dz, dz * (x32 - mean[:, None, None, :]))
+    sum_dz_u = sum_dz_u * r
     common = pool(scale[None] * sum_dz / pixels)
     slope = pool(scale[None] * sum_dz_u / pixels)
     # The same as above, ordered as one multiply-add for dz and one for x.
-    of_x, rest = _vectors(-r * r * slope, r * (r * slope * mean - common))
+    of_x, rest, factor, shift = _vectors(-r * r * slope, r * (r * slope * mean - common), factor, shift)
+    if swish and not on_cpu:
+        dz = _pull_swish(x32, dy, factor, shift)  # again: it costs less than writing and reading it in fp32
     dx = dz * factor[:, None, None, :] + x32 * of_x[:, None, None, :] + rest[:, None, None, :]
     return dx.astype(x.dtype), sum_dz_u.sum(0), sum_dz.sum(0)
+
+
+def _pull_swish(x: Array, dy: Array, factor: Array, shift: Array) -> Array:
+    """dy · swish'(z) of z = factor · x + shift; x and dy [N, H, W, C], the others [N or 1, C], all fp32."""
+    z = x * factor[:, None, None, :] + shift[:, None, None, :]
+    gate = nn.sigmoid(z)
+    return dy * gate * (1 + z * (1 - gate))
 
 
 norm_swish.defvjp(_norm_swish_forward, _norm_swish_backward)

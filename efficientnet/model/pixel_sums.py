@@ -24,6 +24,19 @@ def pixel_sum(x: Array) -> Array:
     return _sum_of_parts(x, jax.ShapeDtypeStruct(x.shape, x.dtype))
 
 
+def pixel_sums(x: Array, y: Array) -> tuple[Array, Array]:
+    """Adds up two fp32 arrays [N, H, W, C] that are computed from the same ones over pixels, each to [N, C].
+
+    On a GPU as the parts of one complex sum. Of two sums, even in one loop, XLA takes an exponential in what they share
+    to be computed twice, and has all that is shared written to memory in fp32 and read again instead (update of B0 G16,
+    256x224x224, bfloat16, H200: 26.0 ms against 23.3).
+    """
+    if jax.default_backend() != 'gpu':
+        return pixel_sum(x), pixel_sum(y)
+    both = lax.complex(x, y).sum((1, 2))
+    return both.real, both.imag
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _sum_of_parts(x: Array, like: jax.ShapeDtypeStruct) -> Array:
     del like  # only the gradient needs it

@@ -185,12 +185,27 @@ def test_large_images_are_onednns_where_it_can_be_had_and_nobody_said_otherwise(
         grouped_conv(jnp.ones((1, 4, 4, 8)), jnp.ones((3, 3, 4, 8)), groups=2, method='onednn')
 
 
-def test_auto_on_an_accelerator_is_native_in_16_bit(monkeypatch):
+@pytest.mark.parametrize(
+    ('inputs', 'groups', 'method', 'left'),
+    [
+        (16, 28, 'merged', 14),
+        (16, 6, 'merged', 1),  # few channels are one group
+        (16, 7, 'native', 7),  # groups of 7 · 16 channels would be larger than is fast
+        (4, 40, 'merged', 5),
+        (1, 48, 'native', 48),
+        (32, 8, 'native', 8),
+        (48, 2, 'merged', 1),
+        (7, 1, 'native', 1),
+    ],
+)
+def test_auto_on_an_accelerator_has_fewer_and_wider_groups_in_16_bit(inputs, groups, method, left, monkeypatch):
     monkeypatch.setattr(convolution.jax, 'default_backend', lambda: 'gpu')
-    assert choose_method((32, 4, 4, 448), (5, 5, 16, 448), 1, 28) == 'native'
-    assert choose_method((32, 8, 8, 48), (3, 3, 1, 48), 1, 48) == 'native'
-    x, kernel = jnp.ones((1, 4, 4, 8), jnp.bfloat16), jnp.ones((3, 3, 4, 8), jnp.bfloat16)
-    assert 'f32' not in jax.jit(functools.partial(grouped_conv, groups=2)).lower(x, kernel).as_text()
+    channels = inputs * groups
+    x, kernel = jnp.ones((1, 4, 4, channels), jnp.bfloat16), jnp.ones((3, 3, inputs, channels), jnp.bfloat16)
+    assert choose_method(x.shape, kernel.shape, 1, groups) == method
+    program = jax.jit(functools.partial(grouped_conv, groups=groups)).lower(x, kernel).as_text()
+    assert f'feature_group_count = {left} ' in program
+    assert 'f32' not in program
 
 
 def test_taps_that_never_meet_the_image_are_left_out():
@@ -207,7 +222,7 @@ def test_taps_that_never_meet_the_image_are_left_out():
         ((3, 3, 4, 8), {'groups': 2, 'method': 'taps'}, 'conv_method=taps'),
         ((3, 3, 8, 8), {'method': 'matmul'}, 'conv_method=matmul'),
         ((1, 1, 4, 8), {'groups': 2, 'method': 'matmul'}, 'conv_method=matmul'),
-        ((3, 3, 8, 8), {'method': 'fft'}, "conv_method='fft' must be auto, native, dense, split, loop, patches"),
+        ((3, 3, 8, 8), {'method': 'fft'}, "conv_method='fft' must be auto, native, merged, dense, split, loop"),
         ((3, 3, 8, 8), {'stride': 0}, 'stride=0 must be at least 1'),
         ((3, 8, 8), {}, r'kernel \(3, 8, 8\)'),
         ((3, 3, 8, 8), {'padding': 'valid'}, "padding='valid' must be same or symmetric"),

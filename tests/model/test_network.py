@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from efficientnet.errors import ConfigError
-from efficientnet.model.network import NORMS, EfficientNet, sample_dropout, stochastic_depth
+from efficientnet.model.network import NORMS, EfficientNet, gated, sample_dropout, stochastic_depth
 from efficientnet.model.scaling import block_names, boundary_shape, model_spec
 from efficientnet.numerics.random_keys import layer_keys
 
@@ -171,6 +171,43 @@ def test_whole_networks_have_gradients_of_the_right_shapes(norm, size, stem_stri
     grads, logits = jax.eval_shape(grad, variables, x, keys)
     assert logits.shape == (2, 5)
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, variables['params'])
+
+
+@pytest.mark.parametrize('norm', NORMS)
+def test_no_gradient_is_summed_in_16_bit(norm):
+    spec = model_spec('b0', group_size=16, classes=3, width=0.2, depth=0.3)
+    model = EfficientNet(spec=spec, norm=norm, dtype=jnp.bfloat16)
+    images, keys = jnp.ones((2, 32, 32, 3)), jax.random.split(jax.random.key(0))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
+
+    def loss(params):
+        return model.apply({**variables, 'params': params}, images, train=True, sample_keys=keys, mutable=True)[0].sum()
+
+    def sums(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == 'reduce_sum':
+                yield equation.invars[0].aval
+            for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, 'eqns')):
+                if hasattr(inner, 'jaxpr') or hasattr(inner, 'eqns'):
+                    yield from sums(getattr(inner, 'jaxpr', inner))
+
+    found = list(sums(jax.make_jaxpr(jax.grad(loss))(variables['params']).jaxpr))
+    assert found
+    assert {aval.dtype for aval in found} == {np.dtype(np.float32)}
+
+
+def test_gradients_of_a_gate_are_those_of_autodiff_in_fp32():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, dy = (jax.random.normal(key, (2, 40, 40, 3), jnp.bfloat16) for key in keys[:2])
+    gate = jax.random.uniform(keys[2], (2, 3))
+    y, pull = jax.vjp(gated, x, gate)
+    want, want_pull = jax.vjp(lambda x, gate: x * gate[:, None, None, :], x.astype(jnp.float32), gate)
+    dx, dgate = pull(dy)
+    want_dx, want_dgate = want_pull(dy.astype(jnp.float32))
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, want.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(dx, want_dx.astype(jnp.bfloat16))
+    np.testing.assert_allclose(dgate, want_dgate, rtol=1e-5, atol=1e-5)
 
 
 def test_compute_dtype_changes_little():

@@ -87,10 +87,12 @@ def test_gradient_against_finite_differences():
     check(norm, (x, 1.5 * jnp.ones(8), jnp.ones(8)))
 
 
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
 @pytest.mark.parametrize('swish', [False, True])
 @pytest.mark.parametrize(('groups', 'layout'), [(1, 'strided'), (4, 'strided'), (4, 'contiguous'), (12, 'strided')])
 @pytest.mark.parametrize('shape', [(2, 3, 5, 12), (3, 1, 1, 12), (1, 9, 9, 24)])
-def test_own_gradient_is_that_of_autodiff(shape, groups, layout, swish):
+def test_own_gradient_is_that_of_autodiff(shape, groups, layout, swish, backend, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     rng = np.random.default_rng(0)
     x, dy = rng.normal(3, 2, (2, *shape)).astype(np.float32)
     scale, bias = rng.normal(size=(2, shape[3])).astype(np.float32)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficientnet.model.pixel_sums import pixel_sum
+from efficientnet.model.pixel_sums import pixel_sum, pixel_sums
 
 SIDES = [(1, 1), (1, 2), (4, 4), (7, 7), (5, 13), (6, 8), (1, 23), (32, 32)]
 
@@ -38,3 +38,18 @@ def test_an_accelerator_has_its_own_reduction(monkeypatch):
     text = jax.jit(lambda x: pixel_sum(x)).lower(jnp.ones((2, 4, 4, 3), jnp.bfloat16)).as_text()
     assert text.count('stablehlo.reduce(') == 1
     assert 'stablehlo.add %' not in text
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+def test_two_sums_are_those_of_each(backend, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    x, y = np.random.default_rng(0).normal(size=(2, 2, 6, 8, 3)).astype(np.float32)
+    for found, values in zip(jax.jit(lambda *given: pixel_sums(*given))(x, y), (x, y), strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, values.astype(np.float64).sum((1, 2)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpu_has_one_reduction_for_two_sums(monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    x = jnp.ones((2, 4, 4, 3))
+    assert jax.jit(lambda *given: pixel_sums(*given)).lower(x, x).as_text().count('stablehlo.reduce(') == 1
