@@ -1,15 +1,14 @@
-"""CIFAR-10 (through TFDS) on a laptop or one GPU: a small G16 EfficientNet in 16.16 with stochastic rounding.
+"""CIFAR-10 (through TFDS): a small G16 EfficientNet in 16.16 with stochastic rounding.
 
 python main.py --config=configs/cifar10.py --workdir=runs/cifar10
 
 Two cores of an Intel Xeon: 83.4 % of the 10,000 test images (seed 0; averaged weights 83.4 %) after 12.5 epochs, 23
 minutes at 463 images/s; on a slower machine with other work beside it 83.3 % after 49 minutes, at 221 images/s.
 
-python main.py --config=configs/cifar10.py:gpu --workdir=runs/cifar10
+python main.py --config=configs/cifar10.py:large --config.model.conv_method=onednn --workdir=runs/cifar10
 
-One NVIDIA H100: 91.3 % (averaged weights 91.5 %) after 80 epochs, six minutes at 14,663 images/s, 71 seconds of them
-compiling. After 10 epochs it stands at 69.8 %, after 40 at 84.1 %, where the small recipe is after 12: the rate, right
-for the small network, is probably too large for this one until it has decayed.
+The same machine: 92.86 % (averaged weights 92.97 %) after 60 epochs, 3.3 hours at the 260 images/s that it makes alone.
+The network has 80 million multiply-adds an image, of which oneDNN does a quarter more a second than what can be cached.
 """
 
 import ml_collections
@@ -21,9 +20,9 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     """Returns the recipe.
 
     Args:
-        argument: 'cpu', 12.5 epochs on two cores, if left out; 'gpu' for a network of nine times the work.
+        argument: 'small', for half an hour on two cores, if left out; or 'large', for hours there or a GPU.
     """
-    (machine,) = arguments.parse(argument, ('cpu', 'gpu'))
+    (size,) = arguments.parse(argument, ('small', 'large'))
     config = base.get_config()
     config.dataset = 'cifar10'
     config.image_size = 32
@@ -53,24 +52,20 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     config.averaging.epoch_decay = 0.5
     config.evaluation.every = '5 epochs'
     config.log_every = '200 steps'
-    if machine == 'gpu':
+    if size == 'large':
         _enlarge(config)
     return config
 
 
 def _enlarge(config: ml_collections.ConfigDict) -> None:
-    """More pixels, all the residual connections of B0, and as long a run as pays on a GPU."""
-    config.epochs = 80.0
-    config.global_batch = config.micro_batch = 128
-    config.model.width = 2.0
-    config.model.depth = 1.0
+    """More pixels, up to two blocks a stage, batch norm, stronger augmentation, and five times the epochs."""
+    config.epochs = 60.0
+    config.model.norm = 'batch'
+    config.model.depth = 0.5
     config.model.stem_stride = 1
-    config.model.strides = (1, 2, 1, 1, 2, 1, 1)
+    config.model.strides = (1, 2, 1, 1, 2, 1, 2)
     config.model.dropout = 0.2
-    config.model.survival = 0.9
-    config.schedule.warmup = '2 epochs'
+    config.schedule.warmup = '1 epochs'
     config.augment.pad = 4
     config.augment.cutmix_probability = 0.25
     config.averaging.epoch_decay = 0.8
-    config.checkpoint.every = '20 epochs'
-    config.evaluation.every = '10 epochs'

@@ -249,9 +249,9 @@ def test_what_is_searched_is_said():
 def test_a_recipes_argument_is_in_the_name():
     names = {
         command.parse(['--study=lars', '--trials=1', f'--config=configs/{recipe}'])[0].name
-        for recipe in ('cifar10.py', 'cifar10.py:gpu')
+        for recipe in ('cifar10.py', 'cifar10.py:large')
     }
-    assert names == {'lars-cifar10', 'lars-cifar10-gpu'}
+    assert names == {'lars-cifar10', 'lars-cifar10-large'}
 
 
 def test_a_grid_is_done_once(tmp_path):
