@@ -5,8 +5,8 @@ replacement wins at every shape. Where oneDNN can be called (onednn.py), it is t
 cannot be cached. Otherwise a dense convolution a group is fastest on large images, one after the other in the program
 or, where that would make it large, in a loop (conv_by_group.py); a batched matrix product is fastest on small ones,
 and depthwise kernels want plain shifted multiply-adds (depthwise.py). A GPU has good kernels of its own, for groups of
-16 channels once some are merged. All of them compute the same numbers; `choose_method` and `choose_library` are the
-only places that know which one to take.
+16 channels once some are merged. All of them compute the same numbers of finite ones; `choose_method` and
+`choose_library` are the only places that know which one to take.
 """
 
 from collections.abc import Callable
@@ -31,10 +31,11 @@ SMALL_SIDE = 2
 # still plain, 166 ms where it took 156 with 20.
 FEW_GROUPS = 20
 
-# Most channels of all groups together, and of the groups merged into one where there are more, for which a GPU is
-# faster with fewer groups. H200, bfloat16, groups of 16, forward and both gradients, ms, as they are, merged to 32, to
-# one: 128x112x112x32 k3 1.01, -, 0.67; 128x56x56x96 k5 stride 2 0.79, 0.70, 0.61; 128x28x28x160 k5 0.55, 0.50, 0.91;
-# 128x7x7x768 k5 0.29, 0.22, 0.85. Merged to 48 or 80 they take two to three times as long as they are.
+# On a GPU groups of 16 channels are made into one up to so many channels in all, and beyond into groups of so many.
+# H200, bfloat16, batch 128, forward and both gradients, ms, as they are, in groups of 32, in one: 112x112x32 k3 1.01,
+# -, 0.67; 56x56x96 k5 stride 2 0.79, 0.70, 0.61; 28x28x160 k5 0.55, 0.50, 0.91; 7x7x768 k5 0.29, 0.22, 0.87. Groups of 48
+# and 80 take 1.8 to 2.5 times as long as they are. Other sizes than 16 were not measured.
+MERGED_FROM = 16
 DENSE_CHANNELS = 96
 MERGED_CHANNELS = 32
 
@@ -106,7 +107,7 @@ def choose_method(x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], strid
     if groups == 1:
         return 'matmul' if height == width == 1 else ('dense' if backend == 'cpu' else 'native')
     if backend != 'cpu':
-        return 'merged' if backend == 'gpu' and inputs > 1 and _merged_groups(inputs, groups) > 1 else 'native'
+        return 'merged' if backend == 'gpu' and inputs == MERGED_FROM else 'native'
     if inputs == 1 and outputs == groups:
         return 'taps'
     shorter_side = -(-min(x_shape[1:3]) // stride)
@@ -158,7 +159,7 @@ def _merged(x: Array, kernel: Array, stride: int, groups: int, pads: Pads) -> Ar
 
 
 def _merged_groups(inputs: int, groups: int) -> int:
-    """How many groups, of so many input channels each, to make one of."""
+    """How many groups of so many input channels each are merged into one."""
     if inputs * groups <= DENSE_CHANNELS:
         return groups
     return max((n for n in range(1, groups + 1) if groups % n == 0 and n * inputs <= MERGED_CHANNELS), default=1)

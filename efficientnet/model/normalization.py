@@ -131,16 +131,17 @@ def _norm_swish_backward(
     x, _ = jax.lax.optimization_barrier((x, cotangents[0][:1, :1, :1, :1]))
     x32, dy = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
     dz = _pull_swish(x32, dy, factor, shift) if swish else dy
-    on_cpu = jax.default_backend() == 'cpu'
-    if on_cpu:
+    backend = jax.default_backend()
+    if backend == 'cpu':
         dz = jax.lax.optimization_barrier(dz)  # or each of the three loops that read it would compute it anew
     sum_dz, sum_dz_u = pixel_sums(dz, dz * (x32 - mean[:, None, None, :]))
     sum_dz_u = sum_dz_u * r
     common = pool(scale[None] * sum_dz / pixels)
     slope = pool(scale[None] * sum_dz_u / pixels)
-    # The same as above, ordered as one multiply-add for dz and one for x.
+    # The same as above, ordered as one multiply-add for dz and one for x. As factor and shift are new ones, XLA does
+    # not take what is computed from them for what it has computed before.
     of_x, rest, factor, shift = _vectors(-r * r * slope, r * (r * slope * mean - common), factor, shift)
-    if swish and not on_cpu:
+    if swish and backend == 'gpu':
         dz = _pull_swish(x32, dy, factor, shift)  # again: it costs less than writing and reading it in fp32
     dx = dz * factor[:, None, None, :] + x32 * of_x[:, None, None, :] + rest[:, None, None, :]
     return dx.astype(x.dtype), sum_dz_u.sum(0), sum_dz.sum(0)

