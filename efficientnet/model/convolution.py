@@ -33,8 +33,8 @@ FEW_GROUPS = 20
 
 # On a GPU groups of 16 channels are made into one up to so many channels in all, and beyond into groups of so many.
 # H200, bfloat16, batch 128, forward and both gradients, ms, as they are, in groups of 32, in one: 112x112x32 k3 1.01,
-# -, 0.67; 56x56x96 k5 stride 2 0.79, 0.70, 0.61; 28x28x160 k5 0.55, 0.50, 0.91; 7x7x768 k5 0.29, 0.22, 0.87. Groups of 48
-# and 80 take 1.8 to 2.5 times as long as they are. Other sizes than 16 were not measured.
+# -, 0.67; 56x56x96 k5 stride 2 0.79, 0.70, 0.61; 28x28x160 k5 0.55, 0.50, 0.91; 7x7x768 k5 0.29, 0.22, 0.87. Groups of
+# 48 and 80 take 1.8 to 2.5 times as long as they are. Other sizes than 16 were not measured.
 MERGED_FROM = 16
 DENSE_CHANNELS = 96
 MERGED_CHANNELS = 32
