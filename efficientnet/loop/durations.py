@@ -21,6 +21,19 @@ def to_steps(field: str, duration: str, *, num_examples: int, global_batch: int,
     Raises:
         ConfigError: The text is not a duration, or is negative.
     """
+    return _whole(_updates(field, duration, num_examples, global_batch, total_steps))
+
+
+def to_interval(field: str, duration: str, *, num_examples: int, global_batch: int, total_steps: int) -> int:
+    """Converts how often something happens to weight updates: at least one, or 0 for never where it says 0.
+
+    Args and errors are `to_steps`'s.
+    """
+    updates = _updates(field, duration, num_examples, global_batch, total_steps)
+    return _whole(updates) or math.ceil(updates)
+
+
+def _updates(field: str, duration: str, num_examples: int, global_batch: int, total_steps: int | None) -> float:
     found = re.fullmatch(r'\s*([\d.]+)\s*(\S+)\s*', duration)
     number, unit = found.groups() if found else ('nan', '')
     unit = unit if unit in UNITS else unit + 's'
@@ -31,21 +44,10 @@ def to_steps(field: str, duration: str, *, num_examples: int, global_batch: int,
     if unit not in UNITS or not 0 <= amount < math.inf or (unit == '%' and total_steps is None):
         raise ConfigError(f"{field}={duration!r} is not a duration; write '70 epochs', '500 steps', '20 %', …")
     if unit == '%':
-        return math.floor(amount / 100 * total_steps)
-    examples = {'epochs': num_examples, 'steps': global_batch, 'examples': 1}[unit] * amount
-    return math.floor(examples / global_batch + 1e-9)
+        return amount / 100 * total_steps
+    return {'epochs': num_examples, 'steps': global_batch, 'examples': 1}[unit] * amount / global_batch
 
 
-def to_interval(field: str, duration: str, **run: int) -> int:
-    """Converts how often something happens to weight updates: at least one, or 0 for never where it says 0.
-
-    Args:
-        field: As of `to_steps`.
-        duration: As of `to_steps`.
-        run: What else `to_steps` needs.
-
-    Raises:
-        ConfigError: As `to_steps`.
-    """
-    steps = to_steps(field, duration, **run)
-    return steps or int(any(digit in duration for digit in '123456789'))
+def _whole(updates: float) -> int:
+    """Rounds down, but not for an error in the last digit."""
+    return math.floor(updates + 1e-9)
