@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
@@ -101,17 +100,22 @@ class Checkpoints:
             The state as host arrays, {dotted name: array} where nothing was expected, and the facts saved beside it.
 
         Raises:
+            ConfigError: It is whole, but has other arrays than are expected.
             Exception: Whatever Orbax raises on a damaged checkpoint, or ValueError if bytes differ.
         """
-        wanted = None
-        if like is not None:
-            wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _flatten(like))
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), facts=ocp.args.JsonRestore())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(), facts=ocp.args.JsonRestore())
         restored = self._manager.restore(position, args=items)
         arrays = {name: np.asarray(leaf) for name, leaf in restored['state'].items()}
         if _digest(arrays) != restored['facts']['digest']:
             raise ValueError('its bytes are not those that were saved')
-        return arrays if like is None else _unflatten(like, arrays), restored['facts']
+        if like is None:
+            return arrays, restored['facts']
+        misfits = _misfits(arrays, _flatten(like))
+        if misfits:
+            more = f' and {len(misfits) - 3} more' if len(misfits) > 3 else ''
+            what = f'checkpoint {self._directory / str(position)} is not of this config'
+            raise ConfigError(f'{what}: {"; ".join(misfits[:3])}{more}')
+        return _unflatten(like, arrays), restored['facts']
 
     def restore_newest(self, like: Tree | None = None) -> tuple[Tree, dict[str, Any], list[str]] | None:
         """Reads the newest checkpoint that is whole.
@@ -123,12 +127,14 @@ class Checkpoints:
             State, facts, and a line for each newer checkpoint that was damaged; None if there are none at all.
 
         Raises:
-            ConfigError: There are checkpoints, but every one is damaged.
+            ConfigError: There are checkpoints, but every one is damaged, or the newest whole one does not fit `like`.
         """
         complaints = []
         for position in reversed(self.positions()):
             try:
                 state, facts = self.restore(like, position)
+            except ConfigError:
+                raise
             except Exception as error:  # Orbax has no common class for what a damaged file can raise
                 reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
                 complaints.append(f'checkpoint {self._directory / str(position)} is damaged ({reason})')
@@ -179,6 +185,17 @@ def _unflatten(like: Tree, arrays: dict[str, np.ndarray]) -> Tree:
     empty = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(like), sep='.', keep_empty_nodes=True)
     nested = flax.traverse_util.unflatten_dict(empty | arrays, sep='.')
     return flax.serialization.from_state_dict(like, nested)
+
+
+def _misfits(arrays: dict[str, np.ndarray], wanted: dict[str, Any]) -> list[str]:
+    """Says of each array that is missing, unexpected, or of another shape or format, what is wrong; weights first."""
+
+    def kind(name: str, where: dict[str, Any]) -> str:
+        return f'{where[name].dtype}{list(where[name].shape)}' if name in where else 'missing'
+
+    names = sorted(arrays.keys() | wanted.keys(), key=lambda name: (not name.startswith('params.'), name))
+    kinds = {name: (kind(name, arrays), kind(name, wanted)) for name in names}
+    return [f'{name} is {saved} there, {here} here' for name, (saved, here) in kinds.items() if saved != here]
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> int:

@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact, newest and best kept, damage found and stepped over."""
 
 import pathlib
+import re
 import sys
 import types
 from unittest import mock
@@ -104,6 +105,30 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path, checkpoints):
     damage(tmp_path / 'checkpoints' / '1', 'cut')
     with pytest.raises(ConfigError, match='no whole one is left'):
         checkpoints.restore_newest(state(0))
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda s: s['params']['stem'].update(kernel=np.zeros((40, 31), np.float16)), 'float16[40, 30] there, float16'),
+        (
+            lambda s: s['params']['stem'].update(kernel=np.zeros((40, 30))),
+            'float16[40, 30] there, float64',
+        ),
+        (lambda s: s['params'].pop('stem'), 'stem.bias is bfloat16[5] there, missing here; params.stem.kernel is'),
+        (
+            lambda s: s.update(more=np.zeros(3)),
+            'checkpoints/1 is not of this config: more is missing there',
+        ),
+    ],
+)
+def test_one_of_another_config_is_not_damaged_but_refused(checkpoints, change, message):
+    checkpoints.save(0, state(0), {}, None)
+    checkpoints.save(1, state(1), {}, None)
+    like = state(1)
+    change(like)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        checkpoints.restore_newest(like)
 
 
 def test_an_unfinished_save_is_no_checkpoint(tmp_path):
