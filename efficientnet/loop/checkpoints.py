@@ -5,8 +5,10 @@ and a digest of all bytes. Orbax writes into a temporary folder and renames it, 
 under the final name; the digest finds what a disk or a copy damaged later.
 """
 
+import errno
 import functools
 import logging
+import os
 import pathlib
 import shutil
 import sys
@@ -20,10 +22,21 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from efficientnet.errors import ConfigError
+from efficientnet.loop.files import REPLACED
 
 Tree = Any
 SCORE = 'test_accuracy'
-REPLACED = '.replaced'  # what a checkpoint is called until another is in its place
+# What hinders reading and says nothing about the files.
+PASSING = (
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+    errno.ENOMEM,
+    errno.ETIMEDOUT,
+)
 
 
 class Checkpoints:
@@ -44,6 +57,7 @@ class Checkpoints:
         policy = keep_policy.AnyPreservationPolicy([keep_policy.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
+            best_fn=_score,  # without it scores are not written, and forgotten by the next process
             enable_async_checkpointing=False,  # a failed background save would surface an epoch later
             # Only process 0 comes here; Orbax must not wait for others.
             multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -86,7 +100,13 @@ class Checkpoints:
         if position in self.positions():
             (self._directory / str(position)).rename(replaced)
             self._manager.reload()
-        self._manager.save(position, args=items, metrics=metrics, force=True)
+        try:
+            self._manager.save(position, args=items, metrics=metrics, force=True)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(self._directory / str(position))
+                self._manager.reload()
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
 
     def restore(self, like: Tree | None, position: int) -> tuple[Tree, dict[str, Any]]:
@@ -127,7 +147,8 @@ class Checkpoints:
             State, facts, and a line for each newer checkpoint that was damaged; None if there are none at all.
 
         Raises:
-            ConfigError: There are checkpoints, but every one is damaged, or the newest whole one does not fit `like`.
+            ConfigError: There are checkpoints, but every one is damaged, the newest whole one does not fit `like`, or
+                one cannot be read for now.
         """
         complaints = []
         for position in reversed(self.positions()):
@@ -137,7 +158,12 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax has no common class for what a damaged file can raise
                 reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-                complaints.append(f'checkpoint {self._directory / str(position)} is damaged ({reason})')
+                name = f'checkpoint {self._directory / str(position)}'
+                if _may_pass(error):  # if training went on from an older one, this would be deleted
+                    raise ConfigError(
+                        f'{name} cannot be read ({reason}); see to that, or move it away to go on from the one before'
+                    ) from error
+                complaints.append(f'{name} is damaged ({reason})')
                 continue
             return state, facts, complaints
         if complaints:
@@ -171,6 +197,11 @@ def _pass_on(hook: Callable, *report: Any) -> None:
     error = report[1] if len(report) > 1 else report[0].exc_value
     if str(error) != 'Event loop is closed':
         hook(*report)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Tells whether reading may succeed at another time; TensorStore has the system's errors as text."""
+    return isinstance(error, MemoryError) or any(os.strerror(number) in str(error) for number in PASSING)
 
 
 def _score(metrics: dict[str, float] | None) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 from efficientnet.errors import ConfigError
 
 CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'
+REPLACED = '.replaced'  # ends the name of a checkpoint until another is in its place
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import ml_collections
 
 from efficientnet.errors import ConfigError, RunError
 from efficientnet.loop.assemble import Parts
-from efficientnet.loop.files import CHECKPOINTS, CONFIG, disk_problem, read_stored, write_json
+from efficientnet.loop.files import CHECKPOINTS, CONFIG, REPLACED, disk_problem, read_stored, write_json
 from efficientnet.loop.settings import check_resumable, config_of, flatten
 from efficientnet.weights.dataset_facts import check_classes, facts_of, write_facts
 
@@ -73,7 +73,7 @@ def writing(workdir: pathlib.Path, saved_at: int = 0) -> Iterator[None]:
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:
     """Tells whether a run in this folder has come as far as to save something."""
-    return any(path.name.isdigit() for path in (workdir / CHECKPOINTS).glob('*'))
+    return any(path.name.removesuffix(REPLACED).isdigit() for path in (workdir / CHECKPOINTS).glob('*'))
 
 
 def stored_config(workdir: pathlib.Path, given: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:

@@ -1,5 +1,7 @@
 """Checkpoints: bit-exact, newest and best kept, damage found and stepped over."""
 
+import errno
+import os
 import pathlib
 import re
 import sys
@@ -105,6 +107,44 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path, checkpoints):
     damage(tmp_path / 'checkpoints' / '1', 'cut')
     with pytest.raises(ConfigError, match='no whole one is left'):
         checkpoints.restore_newest(state(0))
+
+
+@pytest.mark.parametrize('score', [0.8, 0.95])
+def test_the_best_is_kept_by_a_process_that_did_not_see_it(tmp_path, score):
+    opened = ({1: 0.9, 2: 0.5, 3: 0.6}, {4: None}, {5: 0.7, 6: score}, {7: None, 8: None})
+    kept = []
+    for scores in opened:
+        checkpoints = Checkpoints(tmp_path / 'checkpoints', keep=2)
+        for position, accuracy in scores.items():
+            checkpoints.save(position, state(position), {}, accuracy)
+        kept.append(checkpoints.positions())
+        checkpoints.close()
+    assert kept == [[1, 2, 3], [1, 3, 4], *([[1, 5, 6], [1, 7, 8]] if score < 0.9 else [[5, 6], [6, 7, 8]])]
+
+
+@pytest.mark.parametrize(
+    'error', [OSError(errno.EIO, os.strerror(errno.EIO)), MemoryError(), ValueError('Stale file handle')]
+)
+def test_one_that_cannot_be_read_for_now_is_not_damaged(checkpoints, error):
+    for position in (1, 2):
+        checkpoints.save(position, state(position), {}, None)
+    with (
+        mock.patch.object(checkpoints._manager, 'restore', side_effect=error),
+        pytest.raises(ConfigError, match=r'checkpoints/2 cannot be read .*; see to that'),
+    ):
+        checkpoints.restore_newest(state(0))
+    assert_same(checkpoints.restore_newest(state(0))[0], state(2))
+
+
+def test_a_failure_leaves_what_was_to_be_replaced(tmp_path, checkpoints):
+    checkpoints.save(1, state(1), {}, 0.5)
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    with mock.patch.object(checkpoints._manager, 'save', side_effect=full), pytest.raises(OSError, match='No space'):
+        checkpoints.save(1, state(2), {}, 0.6)
+    assert checkpoints.positions() == [1]
+    visitor = Checkpoints(tmp_path / 'checkpoints', keep=1, owner=False)
+    assert_same(visitor.restore_newest(state(0))[0], state(1))
+    visitor.close()
 
 
 @pytest.mark.parametrize(
