@@ -50,7 +50,28 @@ def decode(contents: tf.Tensor) -> tf.Tensor:
         tf.errors.InvalidArgumentError: when run, if the bytes are no complete image.
     """
     image = tf.io.decode_image(contents, channels=3, expand_animations=False)
+    with tf.control_dependencies([image]):  # then its header is whole
+        contents = tf.identity(contents)
+    is_bmp = tf.strings.substr(contents, 0, 2) == b'BM'
+    image = tf.cond(is_bmp, lambda: _with_colours(contents, image), lambda: image)
     return tf.ensure_shape(image, (None, None, 3))
+
+
+def _with_colours(bmp: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
+    """Looks colours up where a BMP has 8 bits a pixel: they number those in a table, and TensorFlow calls them grey."""
+
+    def number(start: int, dtype: tf.DType) -> tf.Tensor:
+        return tf.cast(tf.io.decode_raw(tf.strings.substr(bmp, start, dtype.size), dtype)[0], tf.int32)
+
+    def look_up() -> tf.Tensor:
+        pixels, table = number(10, tf.int32), 14 + number(14, tf.int32)  # where they start
+        rows = tf.reshape(tf.io.decode_raw(tf.strings.substr(bmp, table, (pixels - table) // 4 * 4), tf.uint8), (-1, 4))
+        numbers = tf.cast(image[..., 0], tf.int32)
+        known = tf.debugging.assert_less(tf.reduce_max(numbers), tf.shape(rows)[0], 'a colour that is not in the table')
+        with tf.control_dependencies([known]):
+            return tf.gather(rows[:, 2::-1], numbers)  # blue, green, red, nothing
+
+    return tf.cond(number(28, tf.uint16) == 8, look_up, lambda: image)
 
 
 def to_uint8(image: tf.Tensor) -> tf.Tensor:

@@ -16,7 +16,7 @@ from efficientnet.errors import ConfigError, RunError
 from efficientnet.loop.assemble import Parts
 from efficientnet.loop.files import CHECKPOINTS, CONFIG, REPLACED, disk_problem, read_stored, write_json
 from efficientnet.loop.settings import check_resumable, config_of, flatten
-from efficientnet.weights.dataset_facts import check_classes, facts_of, write_facts
+from efficientnet.weights.dataset_facts import check_classes, check_examples, facts_of, write_facts
 
 
 @contextlib.contextmanager
@@ -40,11 +40,14 @@ def claim(workdir: pathlib.Path, parts: Parts) -> Iterator[None]:
             raise ConfigError(f'--workdir={workdir} is in use by another process; give another one') from error
         if (workdir / CONFIG).exists():
             check_resumable(flatten(read_stored(workdir)), flatten(config), str(workdir), parts.idle)
-        check_classes(workdir, facts_of(parts.train_source))
+        facts = facts_of(parts.train_source)
+        check_classes(workdir, facts)
+        if has_checkpoint(workdir):
+            check_examples(workdir, facts)
         _check_room(workdir, parts)
         with writing(workdir):
             write_json(workdir / CONFIG, config)
-            write_facts(workdir, facts_of(parts.train_source))
+            write_facts(workdir, facts)
         yield
 
 

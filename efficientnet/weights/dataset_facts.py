@@ -14,15 +14,22 @@ FILE = 'dataset.json'
 
 
 class DatasetFacts(NamedTuple):
-    """Class names by label, and the shape (H, W, 3) of images held in memory, None if they are read encoded."""
+    """What is kept of a data set.
+
+    Attributes:
+        classes: Class names by label.
+        image_shape: Of images held in memory, (H, W, 3); None if they are read encoded.
+        num_examples: Of the training split; None where nobody knows, as of weights that were converted.
+    """
 
     classes: tuple[str, ...]
     image_shape: tuple[int, ...] | None
+    num_examples: int | None = None
 
 
 def facts_of(source: Source) -> DatasetFacts:
-    """Returns the facts of an open data set."""
-    return DatasetFacts(tuple(source.classes), source.image_shape)
+    """Returns the facts of an open training split."""
+    return DatasetFacts(tuple(source.classes), source.image_shape, source.num_examples)
 
 
 def write_facts(workdir: pathlib.Path, facts: DatasetFacts) -> None:
@@ -43,14 +50,14 @@ def read_facts(workdir: pathlib.Path) -> DatasetFacts:
 
 def facts_of_json(found: Any) -> DatasetFacts:
     """Returns the facts as JSON has them; raises KeyError, TypeError or ValueError if it has others."""
-    classes, shape = found['classes'], found['image_shape']
+    classes, shape, count = found['classes'], found['image_shape'], found.get('num_examples')
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         raise ValueError('its classes are not a list of names')
     if shape is not None:
         shape = tuple(map(operator.index, shape))
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f'its image_shape is {shape}')
-    return DatasetFacts(tuple(classes), shape)
+    return DatasetFacts(tuple(classes), shape, None if count is None else operator.index(count))
 
 
 def check_classes(workdir: pathlib.Path, facts: DatasetFacts) -> None:
@@ -64,4 +71,18 @@ def check_classes(workdir: pathlib.Path, facts: DatasetFacts) -> None:
         raise ConfigError(
             f'{workdir} holds a run with {len(before)} classes, the data set has {len(now)}; the first that differs '
             f'is class {index}: {old!r} there, {new!r} now'
+        )
+
+
+def check_examples(workdir: pathlib.Path, facts: DatasetFacts) -> None:
+    """Raises ConfigError if the run in `workdir` was made with more or fewer training images than these.
+
+    Their number decides how many updates there are and the order of the images, of which some would be repeated and
+    others skipped.
+    """
+    before, now = read_facts(workdir).num_examples, facts.num_examples
+    if before not in (None, now):
+        raise ConfigError(
+            f'{workdir} holds a run on {before:,} training images, the data set has {now:,}; '
+            'restore those, or give another --workdir'
         )

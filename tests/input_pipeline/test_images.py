@@ -1,7 +1,10 @@
 """Image operations against NumPy and against TensorFlow's plainer ways."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from input_pipeline import images
 from input_pipeline.quiet_tf import tf
@@ -197,3 +200,32 @@ def test_decode_goes_by_content_and_always_gives_three_channels():
     np.testing.assert_array_equal(images.decode(tf.io.encode_png(alpha)), alpha[..., :3])
     with pytest.raises(tf.errors.InvalidArgumentError):
         images.decode(tf.constant(b''))
+
+
+def bmp(image):
+    file = io.BytesIO()
+    image.save(file, 'BMP')
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('colours', [2**8, 7, 3])
+def test_a_bmp_with_a_table_of_colours(colours):
+    image = Image.fromarray(noise(9, 6, 3)).quantize(colours)
+    for decode in (images.decode, tf.function(images.decode)):
+        np.testing.assert_array_equal(decode(tf.constant(bmp(image))), np.asarray(image.convert('RGB')))
+
+
+def test_a_bmp_without_one():
+    for image in (Image.fromarray(noise(9, 6, 3)), Image.fromarray(noise(9, 6, 1)[..., 0])):
+        np.testing.assert_array_equal(images.decode(tf.constant(bmp(image))), np.asarray(image.convert('RGB')))
+
+
+def test_a_damaged_bmp():
+    whole = bytearray(bmp(Image.fromarray(noise(9, 6, 3)).quantize(7)))
+    decode = tf.function(images.decode).get_concrete_function(tf.TensorSpec((), tf.string))
+    for length in range(2, len(whole) - 4 * 9, 3):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            decode(tf.constant(bytes(whole[:length])))
+    whole[-8] = 250  # a colour that is not in the table
+    with pytest.raises(tf.errors.InvalidArgumentError, match='not in the table'):
+        decode(tf.constant(bytes(whole)))

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import types
@@ -45,6 +46,21 @@ def test_two_processes_do_not_share_a_folder(tmp_path, parts):
     with claim(tmp_path, parts), pytest.raises(ConfigError, match='in use by another process'), claim(tmp_path, parts):
         pass
     with claim(tmp_path, parts):
+        pass
+
+
+def test_a_run_goes_on_with_as_many_images_as_it_had(tmp_path, parts):
+    source = parts.train_source
+    fewer = dataclasses.replace(source, images=source.images[1:], labels=source.labels[1:])
+    with claim(tmp_path, parts):
+        pass
+    with claim(tmp_path, dataclasses.replace(parts, train_source=fewer)):
+        (tmp_path / 'checkpoints' / '3').mkdir(parents=True)
+    count = source.num_examples
+    message = f'run on {count - 1:,} training images, the data set has {count:,}; restore those'
+    with pytest.raises(ConfigError, match=message), claim(tmp_path, parts):
+        pass
+    with claim(tmp_path, dataclasses.replace(parts, train_source=fewer)):
         pass
 
 
