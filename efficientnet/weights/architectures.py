@@ -46,6 +46,7 @@ NAME = re.compile(
     r'(?P<tf>tf_)?efficientnet[-_](?P<variant>b[0-7]|lite[0-4])(_(?P<kind>g\d+_gn|g\d+_evos|gn))?(?![a-z0-9])'
 )
 TAG = re.compile(r'(_(ns|ap|aa))?(\.\w+)?')  # of timm, for how weights were trained
+ADVERSARIAL = re.compile(r'_ap(?![a-z0-9])|\.ap_')  # examples, too, for which pixels were scaled otherwise
 
 
 def find_name(*texts: str) -> str | None:
@@ -53,7 +54,8 @@ def find_name(*texts: str) -> str | None:
     for text in texts:
         found = NAME.search(text)
         if found:
-            return found[0].replace('-', '_')
+            adversarial = text[: found.start()].endswith('adv-') or ADVERSARIAL.match(text, found.end())
+            return found[0].replace('-', '_') + ('_ap' if adversarial else '')
     return None
 
 
@@ -62,7 +64,8 @@ def fields_of(scheme: str, name: str) -> Fields:
 
     Args:
         scheme: of `naming.SCHEMES`.
-        name: such as 'efficientnet_b0', 'tf_efficientnet_b4', 'efficientnet_lite0', 'efficientnet_b3_g8_gn'.
+        name: such as 'efficientnet_b0', 'tf_efficientnet_b4', 'tf_efficientnet_b4_ap', 'efficientnet_lite0',
+            'efficientnet_b3_g8_gn'.
 
     Raises:
         ConfigError: It is not known.
@@ -71,18 +74,21 @@ def fields_of(scheme: str, name: str) -> Fields:
     if found and not TAG.fullmatch(name[found.end() :]):
         found = None
     variant, kind = (found['variant'], found['kind']) if found else (None, None)
-    of_timm = scheme == 'timm' and (not kind or ((variant, kind) in TIMM_VARIANTS and not found['tf']))
-    of_others = not kind and not (scheme == 'torchvision' and variant and variant.startswith('lite'))
+    adversarial = bool(found and ADVERSARIAL.match(name, found.end()))
+    lite = bool(variant and variant.startswith('lite'))
+    of_tf = bool(found and found['tf'])
+    of_timm = not kind if of_tf else not adversarial and (not kind or (variant, kind) in TIMM_VARIANTS)
+    of_others = not kind and not (scheme == 'torchvision' and (lite or adversarial))
     if not found or not (of_timm if scheme == 'timm' else of_others):
         kinds = ', '.join(f'efficientnet_{base}_{end}' for base, end in TIMM_VARIANTS)
         raise ConfigError(
-            f'--architecture={name!r} is not known for tensors named as {scheme} does; known are efficientnet_b0 … b7, '
-            f'but for torchvision efficientnet_lite0 … lite4; for timm the same with tf_ before them, and {kinds}'
+            f'--architecture={name!r} is not known for tensors named as {scheme} does; known are efficientnet_b0 … b7 and, '
+            'but for torchvision, efficientnet_lite0 … lite4 and efficientnet_b0_ap … b7_ap (of adversarial examples; in '
+            f'timm with tf_); for timm the same with tf_ before them, and {kinds}'
         )
-    lite = variant.startswith('lite')
     fields = {'model.variant': variant, **DEPTHWISE}
     size, crop = (TIMM_LITE_SIZES if scheme == 'timm' else {}).get(variant, SIZES[variant])
-    if scheme == 'timm' and not found['tf']:
+    if scheme == 'timm' and not of_tf:
         fields |= PYTORCH | IMAGENET
         size, crop = TIMM_SIZES.get(variant, (size, crop))
         if kind:
@@ -93,11 +99,10 @@ def fields_of(scheme: str, name: str) -> Fields:
         fields |= {'model.norm_epsilon': 1e-3} if variant in ('b5', 'b6', 'b7') else {}
         size, crop = TORCHVISION_SIZES[variant]
     elif scheme == 'timm':
-        fields |= TENSORFLOW | (HALVES if lite else IMAGENET)
+        fields |= TENSORFLOW | (HALVES if lite or adversarial else IMAGENET)
         crop = 0.92 if variant == 'lite4' else crop
-        fields |= HALVES if '.ap_' in name or name.endswith('_ap') else {}  # trained with adversarial examples
     else:
-        fields |= TENSORFLOW | (LITE if lite else IMAGENET)
+        fields |= TENSORFLOW | (LITE if lite else HALVES if adversarial else IMAGENET)
     if lite and fields['model.padding'] == 'same':
         fields['input.resize'] = 'bilinear'
     return fields | {'image_size': size, 'evaluation.crop_ratio': crop}

@@ -103,6 +103,9 @@ def test_tensors_of_something_else():
         ('timm', 'efficientnet_b3.ra2_in1k', ('symmetric', 1e-5, 288, 0.904, 123.675)),
         ('timm', 'tf_efficientnet_b3', ('same', 1e-3, 300, 0.904, 123.675)),
         ('timm', 'tf_efficientnet_b4.ap_in1k', ('same', 1e-3, 380, 0.922, 127.5)),
+        ('timm', 'tf_efficientnet_b4_ap', ('same', 1e-3, 380, 0.922, 127.5)),
+        ('efficientnet_pytorch', 'efficientnet_b1_ap', ('same', 1e-3, 240, 0.882, 127.5)),
+        ('tensorflow', 'efficientnet-b1_ap', ('same', 1e-3, 240, 0.882, 127.5)),
         ('timm', 'tf_efficientnet_lite2', ('same', 1e-3, 260, 0.89, 127.5)),
         ('torchvision', 'efficientnet_b4', ('symmetric', 1e-5, 380, 0.99, 123.675)),
         ('torchvision', 'efficientnet_b7', ('symmetric', 1e-3, 600, 1.0, 123.675)),
@@ -123,6 +126,9 @@ def test_names_in_file_names():
     assert find('efficientnet-lite0-57934424') == 'efficientnet_lite0'
     assert find('efficientnet_b4_ra2_320-7eb33cd5') == 'efficientnet_b4'
     assert find('', 'model', 'tf_efficientnet_b0.aa_in1k') == 'tf_efficientnet_b0'
+    assert find('tf_efficientnet_b0.ap_in1k') == find('tf_efficientnet_b0_ap-f262efe1') == 'tf_efficientnet_b0_ap'
+    assert find('adv-efficientnet-b0-b64d5a18') == 'efficientnet_b0_ap'
+    assert find('tf_efficientnet_b0_aa-827b6e33') == find('tf_efficientnet_b0_apart') == 'tf_efficientnet_b0'
     assert find('efficientnet_b3_g8_gn') == 'efficientnet_b3_g8_gn'
     assert find('resnet50', 'efficientnetv2_s') is None
 
@@ -135,6 +141,8 @@ def test_names_in_file_names():
         ('timm', 'efficientnet_b0_nonsense'),
         ('timm', 'efficientnet_b0_g8_gnx'),
         ('timm', 'efficientnet_b1_gn'),
+        ('timm', 'efficientnet_b0_ap'),
+        ('torchvision', 'efficientnet_b0_ap'),
         ('torchvision', 'efficientnet_lite0'),
     ],
 )
