@@ -82,9 +82,9 @@ def fields_of(scheme: str, name: str) -> Fields:
     if not found or not (of_timm if scheme == 'timm' else of_others):
         kinds = ', '.join(f'efficientnet_{base}_{end}' for base, end in TIMM_VARIANTS)
         raise ConfigError(
-            f'--architecture={name!r} is not known for tensors named as {scheme} does; known are efficientnet_b0 … b7 and, '
-            'but for torchvision, efficientnet_lite0 … lite4 and efficientnet_b0_ap … b7_ap (of adversarial examples; in '
-            f'timm with tf_); for timm the same with tf_ before them, and {kinds}'
+            f'--architecture={name!r} is not known for tensors named as {scheme} does; known are efficientnet_b0 … b7 '
+            'and, but for torchvision, efficientnet_lite0 … lite4 and efficientnet_b0_ap … b7_ap (of adversarial '
+            f'examples; in timm with tf_); for timm the same with tf_ before them, and {kinds}'
         )
     fields = {'model.variant': variant, **DEPTHWISE}
     size, crop = (TIMM_LITE_SIZES if scheme == 'timm' else {}).get(variant, SIZES[variant])
