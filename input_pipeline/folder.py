@@ -38,13 +38,16 @@ class FolderSource:
         return self.paths[index]
 
 
-def open_folder(root: pathlib.Path, split: str, train_split: str, fields: Fields) -> FolderSource:
+def open_folder(
+    root: pathlib.Path, split: str, train_split: str, classes: tuple[str, ...] | None, fields: Fields
+) -> FolderSource:
     """Lists a split's images, classes and files in the order of their names.
 
     Args:
         root: the folder of both splits.
         split: folder to read below it.
         train_split: folder whose class folders number the classes, for every split.
+        classes: names that do so instead, those of the data set that is trained on.
         fields: what the config calls root and split.
 
     Returns:
@@ -53,23 +56,24 @@ def open_folder(root: pathlib.Path, split: str, train_split: str, fields: Fields
     Raises:
         DataError: if a folder is missing or empty, or holds a class that the training split lacks.
     """
-    classes = _class_folders(root, train_split, fields._replace(split=TRAIN.split))
+    known = classes or tuple(_class_folders(root, train_split, fields._replace(split=TRAIN.split)))
     folders = _class_folders(root, split, fields)
-    unknown = sorted(set(folders) - set(classes))
+    unknown = sorted(set(folders) - set(known))
     if unknown:
         raise DataError(
-            f'{fields.split} = {split!r}: {root / split} has class folders that {root / train_split} lacks:'
-            f' {", ".join(unknown[:5])}; the classes are those of the training split'
+            f'{fields.split} = {split!r}: {root / split} has class folders that'
+            f' {"the training data" if classes else root / train_split} lacks:'
+            f' {", ".join(unknown[:5])}; the classes are those of the training split, {", ".join(known[:3])} …'
         )
     paths, labels = [], []
     for name in folders:
         files = [path for path in (root / split / name).iterdir() if path.suffix.lower() in EXTENSIONS]
         paths += sorted(map(str, files))
-        labels += [classes.index(name)] * len(files)
+        labels += [known.index(name)] * len(files)
     if not paths:
         kinds = ', '.join(EXTENSIONS)
         raise DataError(f'{fields.split} = {split!r}: no images ({kinds}) below {root / split}/<class>/')
-    return FolderSource(f'folder {root / split}', tuple(classes), tuple(paths), np.array(labels, np.int32))
+    return FolderSource(f'folder {root / split}', known, tuple(paths), np.array(labels, np.int32))
 
 
 def _class_folders(root: pathlib.Path, split: str, fields: Fields) -> list[str]:

@@ -178,7 +178,13 @@ def check_labels(source: Source, indices: Sequence[int] | np.ndarray, labels: np
 
 
 def open_source(
-    name: str, split: str, data_dir: str | None = None, *, train_split: str = 'train', fields: Fields | None = None
+    name: str,
+    split: str,
+    data_dir: str | None = None,
+    *,
+    train_split: str = 'train',
+    classes: tuple[str, ...] | None = None,
+    fields: Fields | None = None,
 ) -> Source:
     """Opens a split of a data set.
 
@@ -189,6 +195,7 @@ def open_source(
         split: name of the split; TFDS understands 'train[:90%]' and the like.
         data_dir: where the images or the prepared TFDS data lie; None: TFDS' own default.
         train_split: the run's training split; its folders define the classes of 'folder'.
+        classes: of 'folder' in place of those, where another data set is trained on.
         fields: what errors call the first three; None: `TRAIN` for the training split, else `TEST`.
 
     Returns:
@@ -211,7 +218,7 @@ def open_source(
 
         if data_dir is None:
             raise DataError(f'{fields.dir} is empty; with {fields.dataset} = {name!r} it must name a folder')
-        source = kind.open_folder(pathlib.Path(data_dir).expanduser(), split, train_split, fields)
+        source = kind.open_folder(pathlib.Path(data_dir).expanduser(), split, train_split, classes, fields)
     elif name == 'imagenet_tfrecords':
         from input_pipeline import imagenet as kind
 

@@ -281,11 +281,14 @@ def _open_sources(fields: Fields) -> Sources:
     train = input_pipeline.open_source(own, given.train_split, folder or None, train_split=given.train_split)
     if other:
         folder = '' if other in input_pipeline.EMBEDDED else given.test_dir
+    elif given.test_dir:  # evaluation of a run would not miss what reads it
+        raise ConfigError(f'input.test_dir={given.test_dir!r} is read with input.test_dataset only; give both or none')
     test = input_pipeline.open_source(
         other or own,
         given.test_split,
         folder or None,
         train_split=given.train_split,
+        classes=train.classes if other else None,
         fields=input_pipeline.OTHER_TEST if other else None,
     )
     if test.classes != train.classes:

@@ -1,6 +1,7 @@
 """What is wrong with a config is said before anything is computed, by field."""
 
 import math
+import shutil
 
 import jax
 import pytest
@@ -112,7 +113,6 @@ def test_one_line_that_names_the_field(changes, message):
         {'augment__label_smoothing': 0.0, 'augment__smoothing_over': 'all'},
         {'model__batch_norm_sync': True},
         {'input__cache': 1.0},  # the digits are in memory
-        {'input__test_dir': 'elsewhere'},
         {'evaluation__crop_ratio': 0.5},
         {'augment__crop_area': (0.5, 1.0)},
         {'input__dir': '/photos'},  # the digits are in no folder
@@ -124,6 +124,12 @@ def test_one_line_that_names_the_field(changes, message):
 def test_fields_that_nothing_reads(changes):
     with pytest.raises(ConfigError, match='nothing reads these fields'):
         assemble(tiny_config(**changes))
+
+
+@pytest.mark.parametrize('stored', [False, True])
+def test_a_folder_of_test_images_without_their_data_set(stored):
+    with pytest.raises(ConfigError, match=r"input\.test_dir='elsewhere' is read with input\.test_dataset only"):
+        assemble(tiny_config(input__test_dir='elsewhere'), stored=stored)
 
 
 def test_a_folder_that_the_data_set_does_not_need():
@@ -202,7 +208,7 @@ def test_seeds_differ_and_repeat():
 @pytest.fixture
 def folder(tmp_path):
     """An image folder of ten classes with one grey picture each, for training and for a test elsewhere."""
-    for place in ('here/train', 'here/test', 'there/test', 'there/train'):
+    for place in ('here/train', 'here/test', 'there/test'):
         for name in '0123456789':
             path = tmp_path / place / name / 'a.png'
             path.parent.mkdir(parents=True)
@@ -217,14 +223,17 @@ def test_another_test_set(folder):
     (batch,) = parts.evaluation_batches()
     assert (batch['image'][:10] == 99).all()
     assert batch['mask'].sum() == 10
-    (folder / 'there/train/9/a.png').unlink()
-    for split in ('train', 'test'):
-        for path in (folder / 'there' / split / '9').iterdir():
-            path.unlink()
-        (folder / 'there' / split / '9').rmdir()
-    message = r"input\.test_dataset='folder' has other classes than dataset='digits': 9 \(0, 1, 2 …\), not 10"
-    with pytest.raises(ConfigError, match=message):
+    shutil.rmtree(folder / 'there/test/3')
+    (folder / 'there/test/8').rename(folder / 'there/test/ten')
+    message = r"input\.test_split = 'test': .*/there/test has .* that the training data lacks: ten; .* split, 0, 1, 2 …"
+    with pytest.raises(DataError, match=message):
         assemble(tiny_config(**changes))
+    shutil.rmtree(folder / 'there/test/ten')
+    (batch,) = tiny_parts(blocks=1, **changes).evaluation_batches()
+    assert batch['label'][batch['mask'] > 0].tolist() == [0, 1, 2, 4, 5, 6, 7, 9]
+    message = r"input\.test_dataset='sample_photos' has other classes than dataset='digits': 2 \(.*\), not 10"
+    with pytest.raises(ConfigError, match=message):
+        assemble(tiny_config(input__test_dataset='sample_photos'))
 
 
 def test_a_cache_of_photographs_and_damage_known_to_the_run(folder):
