@@ -7,7 +7,8 @@
 
 SOURCE is a state dict of timm, torchvision or EfficientNet-PyTorch (.safetensors, .pth), a checkpoint of the original
 TensorFlow code, a file that efficientnet.export wrote, or a run. What the tensors don't say (padding, epsilon, scaling
-of pixels) is looked up by the architecture's name; any field may be set over it: --config.evaluation.crop_ratio=0.9.
+of pixels) is looked up by the architecture's name; what describes the model and its input may be set over it:
+--config.evaluation.crop_ratio=0.9.
 """
 
 import json
@@ -31,7 +32,15 @@ from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.weights import architectures, naming, state_dicts
 from efficientnet.weights.class_names import imagenet
 from efficientnet.weights.dataset_facts import DatasetFacts, facts_of_json
-from efficientnet.weights.trained import CARD, COLUMNS, Trained, read_run, variable_shapes, write_run
+from efficientnet.weights.trained import (
+    CARD,
+    COLUMNS,
+    Trained,
+    deployed_config,
+    read_run,
+    variable_shapes,
+    write_run,
+)
 
 Tree = Any
 
@@ -77,6 +86,13 @@ def convert(
             trained = _from_foreign(found, source, architecture, classes, overrides)
         except ConfigError as error:
             raise (error if str(source) in str(error) else ConfigError(f'{source}: {error}')) from error
+    kept = flatten(deployed_config(trained.config, 1))
+    dropped = [field for field, value in flatten(trained.config).items() if field in overrides and kept[field] != value]
+    if dropped:
+        raise ConfigError(
+            f'--config.{dropped[0]}={overrides[dropped[0]]!r} is of training, of which converted weights say nothing; '
+            'set what describes the model and its input: model.*, input.*, image_size, augment.mean, …'
+        )
     trained = _in_own_format(trained, free='precision.policy' not in overrides)
     _check_numbers(trained, source)
     write_run(dest, trained)

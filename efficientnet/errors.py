@@ -1,6 +1,7 @@
 """What stands for "the user can mend this", and the one line that every command then ends with."""
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -52,6 +53,8 @@ def one_line(speaks: Callable[[Exception], bool] = lambda _: True) -> Iterator[N
     """
     if sys.stdout is None:  # it was closed, as by >&-
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every terminal has ×, and a path need not be text at all
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         yield
         _flush()

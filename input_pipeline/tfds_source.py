@@ -88,6 +88,9 @@ def _prepared_builder(name: str, data_dir: str | None, fields: Fields) -> tfds.c
     try:
         _prepare(builder)
     except Exception as error:  # whatever a download, a parser or a disk may raise
+        again = tfds.builder(name, data_dir=data_dir)
+        if again.info.splits:  # another process was faster, and ours then in its way
+            return again
         raise DataError(
             f'{fields.dataset} = {name!r} is not prepared in {fields.dir} = {folder} and preparing it failed'
             f' ({_first_line(error)}); try: tfds build {name} --data_dir={folder}'

@@ -14,6 +14,7 @@ import os
 import pathlib
 import struct
 import tempfile
+import zipfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,9 +47,9 @@ def index_shards(paths: Sequence[str], field: str = 'input.dir') -> list[np.ndar
         raise DataError(f'{field}: cannot read {error.filename}: {error.strerror}') from error
     large = sum(stat.st_size for stat in stats) >= _CACHE_FROM_BYTES
     cache = _cache_path(paths, stats)
-    if large and cache.exists():
-        with np.load(cache) as saved:
-            return [saved[f'arr_{i}'] for i in range(len(paths))]
+    saved = _load(cache, len(paths)) if large else None
+    if saved is not None:
+        return saved
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         shards = list(pool.map(lambda path: _index_shard(path, field), paths))
     if large:
@@ -87,12 +88,25 @@ def _cache_path(paths: Sequence[str], stats: Sequence[os.stat_result]) -> pathli
     return root / 'efficientnet-jax' / f'tfrecord_index_{key}.npz'
 
 
+def _load(cache: pathlib.Path, files: int) -> list[np.ndarray] | None:
+    """Reads an index; None if there is none, or none that can be read."""
+    try:
+        with cache.open('rb') as file, np.load(file) as saved:
+            return [saved[f'arr_{i}'] for i in range(files)]
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:  # cut short, or another user's
+        log.warning('the index of the records is built anew: %s cannot be read (%s)', cache, error)
+        return None
+
+
 def _save(cache: pathlib.Path, shards: Sequence[np.ndarray]) -> None:
     """Writes beside and renames, as processes may start together; a failure is no reason to stop."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache.parent, suffix='.npz', delete=False) as file:
-            np.savez(file, *shards)
-        os.replace(file.name, cache)
+        with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
+            draft = pathlib.Path(folder) / cache.name
+            np.savez(draft, *shards)
+            draft.replace(cache)
     except OSError as error:
         log.warning('the index of the records will be built anew each time: cannot write %s (%s)', cache, error)

@@ -77,6 +77,16 @@ def test_a_run_goes_on_when_its_words_do_not_fit():
             say('step 1')
 
 
+def test_what_a_terminal_does_not_have_is_escaped(capfd):
+    with (
+        open(sys.stdout.fileno(), 'w', encoding='latin-1', closefd=False) as out,
+        contextlib.redirect_stdout(out),
+        one_line(),
+    ):
+        say('compiling …', os.fsdecode(b'/photos/\xff'))
+    assert capfd.readouterr().out == 'compiling \\u2026\n/photos/\\udcff\n'
+
+
 def test_a_run_goes_on_when_nobody_reads_on():
     with nobody_reads():
         with pytest.raises(BrokenPipeError):

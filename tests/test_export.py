@@ -134,6 +134,19 @@ def test_an_average_stays_in_fp32_and_keeps_its_accuracy(tmp_path):
     assert rounded.evaluation == {}  # nobody has evaluated these
 
 
+@pytest.mark.parametrize(
+    ('field', 'value'), [('seed', 7), ('augment.label_smoothing', 0.2), ('optimizer.name', 'sgd'), ('epochs', 2.0)]
+)
+def test_fields_of_training_are_not_dropped_without_a_word(tmp_path, field, value):
+    (tmp_path / 'run.safetensors').write_bytes(to_safetensors(tiny_trained(), model_card(tiny_trained())))
+    with pytest.raises(ConfigError, match=f'--config.{field}={value!r} is of training'):
+        convert(tmp_path / 'run.safetensors', tmp_path / 'run', overrides={field: value})
+    assert not (tmp_path / 'run').exists()
+    kept = {'augment.mean': (1.0, 2.0, 3.0), 'evaluation.crop_ratio': 0.5, 'model.dropout': 0.1}
+    convert(tmp_path / 'run.safetensors', tmp_path / 'run', overrides=kept)
+    assert read_run(tmp_path / 'run').config.model.dropout == 0.1
+
+
 def test_a_disk_without_room(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)

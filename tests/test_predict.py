@@ -195,6 +195,8 @@ def test_names_that_no_file_can_have_are_left_out():
     long, zero = 'x' * 5000, 'a\0b'
     assert find_images([long, zero], pytest.fail) == [long, zero]
     view = make_view(8, None)
+    with pytest.raises(ConfigError, match='holds no run'):
+        load('x' * 300)
     with pytest.raises(DataError, match='too long'):
         view(long)
     with pytest.raises(DataError, match='null byte'):

@@ -4,6 +4,7 @@ A run is a folder with config.json and checkpoints, whether it was trained here 
 is taken from its newest checkpoint are weights alone: steps, optimizer state and averages start anew.
 """
 
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -66,9 +67,9 @@ def read_weights(
     """
     if kind not in ('auto', *KINDS):
         raise ConfigError(f'{kind_field}={kind!r} is unknown; choose one of auto, {", ".join(KINDS)}')
-    if path.is_file():
+    if os.path.isfile(path):  # a Path's own would raise at a name that is too long
         raise ConfigError(f'{field}={path} is a file; make a run of it: python -m efficientnet.convert {path} RUN')
-    if not (path / CONFIG).is_file():
+    if not os.path.isfile(path / CONFIG):
         raise ConfigError(f'{field}={path} holds no run: there is no {CONFIG} in it')
     config = flatten(read_stored(path))
     found = None

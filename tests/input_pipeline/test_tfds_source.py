@@ -175,6 +175,17 @@ def test_what_is_missing_is_prepared(tmp_path):
     assert open_source('tiny/fixed', 'train', str(tmp_path)).num_examples == 20
 
 
+def test_another_process_was_faster(tmp_path, monkeypatch):
+    prepare = tfds_source._prepare
+
+    def late(builder):
+        prepare(tfds.builder('tiny/fixed', data_dir=str(tmp_path)))
+        raise OSError('cannot rename: the folder is there')
+
+    monkeypatch.setattr(tfds_source, '_prepare', late)
+    assert open_source('tiny/fixed', 'train', str(tmp_path)).num_examples == 20
+
+
 def rewritten(root, tmp_path, change, name='photos'):
     """A copy of the prepared pictures in which `change` has edited or replaced examples of the first file."""
     shutil.copytree(os.path.join(root, 'tiny'), tmp_path / 'tiny')

@@ -51,6 +51,22 @@ def test_the_index_of_large_data_is_cached_until_the_files_change(tmp_path, monk
     assert tfrecords.index_shards(paths)[2].tolist() == [0]
 
 
+@pytest.mark.parametrize('content', [b'', b'PK', b'half'])
+def test_a_cache_that_is_damaged_is_made_anew(tmp_path, monkeypatch, content, caplog):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setattr(tfrecords, '_CACHE_FROM_BYTES', 1)
+    paths = [write(tmp_path / 'a', [b'x'])]
+    (first,) = tfrecords.index_shards(paths)
+    (cache,) = (tmp_path / 'cache/efficientnet-jax').iterdir()
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[: len(whole) // 2] if content == b'half' else content)
+    for warnings in (1, 1):  # the second time it is whole again
+        (again,) = tfrecords.index_shards(paths)
+        np.testing.assert_array_equal(again, first)
+        assert caplog.text.count('cannot be read') == warnings
+    assert list(cache.parent.iterdir()) == [cache]
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path, monkeypatch, caplog):
     (tmp_path / 'file').write_text('')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
