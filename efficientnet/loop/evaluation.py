@@ -22,11 +22,11 @@ def make_gather(layout: Layout, rule: UpdateRule) -> Callable[[Tree], Tree]:
     """Returns the per-device function that brings all stages' variables to every device.
 
     It takes the device's packed {'params', 'batch_stats'}, [rows, ROW] each, and returns those of all stages,
-    [stages, rows, ROW], parameters in the compute dtype. Evaluation is not pipelined: every device computes.
+    [stages, rows, ROW], parameters in the master dtype. Evaluation is not pipelined: every device computes.
     """
 
     def gather(variables: Tree) -> Tree:
-        variables = variables | {'params': variables['params'].astype(rule.policy.compute)}
+        variables = variables | {'params': variables['params'].astype(rule.policy.master)}
         if layout.stages == 1:
             return jax.tree.map(lambda rows: rows[None], variables)
         return jax.lax.all_gather(variables, AXIS, axis_index_groups=layout.replica_groups)

@@ -105,7 +105,7 @@ def compile_evaluate(parts: Parts) -> Callable[[Tree, Tree, jax.Array], Tree]:
     stages, batch = parts.grid.layout.stages, _batch(parts, parts.config.evaluation.batch, parts.test_source)
     variables = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((stages, *leaf.shape), leaf.dtype),
-        _variables(parts, parts.rule.policy.compute),
+        _variables(parts, parts.rule.policy.master),
     )
     return parts.grid.compile(
         make_evaluate(parts.model, parts.packings, parts.rule), variables, batch, FLAG, out_axes=None

@@ -254,8 +254,8 @@ class BatchNorm(nn.Module):
 
         if not train:
             mean, variance = (stored.value.astype(jnp.float32)[None] for stored in (stored_mean, stored_variance))
-            y = _normalize(x.astype(jnp.float32), mean, variance, scale, bias, self.epsilon).astype(x.dtype)
-            return nn.swish(y) if self.swish else y
+            y = _normalize(x.astype(jnp.float32), mean, variance, scale, bias, self.epsilon)
+            return (nn.swish(y) if self.swish else y).astype(x.dtype)
         y, mean, variance = norm_swish(x, scale, bias, BatchPool(self.axis), self.epsilon, self.swish)
         if self.is_mutable_collection('batch_stats') and not self.is_initializing():
             stored_mean.value, stored_variance.value = mean[0], variance[0]

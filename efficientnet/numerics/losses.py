@@ -85,10 +85,9 @@ def hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
         k: How many classes count.
 
     Returns:
-        [N] bool. NaN logits are never a hit.
+        [N] bool. Where a logit is NaN, nothing is a hit.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     index = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None]
-    # "not less or equal" instead of "greater": a NaN then counts as ahead of the label, never behind it.
-    ahead = ~(logits <= own) | ((logits == own) & (index < labels[:, None]))
-    return ahead.sum(-1) < k
+    ahead = (logits > own) | ((logits == own) & (index < labels[:, None]))
+    return (ahead.sum(-1) < k) & ~jnp.isnan(logits).any(-1)

@@ -10,9 +10,14 @@ A policy's name is the reference system's "compute.master":
 | 16.16   | fp16                         | fp16           | fp16            | fp32     |
 | bf16.16 | bf16                         | bf16           | bf16            | fp32     |
 
-Under every policy these are fp32, because sixteen bits lose them without a sound: normalisation statistics,
-softmax and loss, gradient accumulators and their reduction over replicas, the norms of the LARS trust
-ratio, the optimizer's arithmetic (its state is 16-bit only where it is stored) and the learning rate.
+Under every policy these are fp32, because sixteen bits lose them without a sound: normalisation statistics, scales
+and shifts, squeeze-and-excite, the classifier, softmax and loss, gradient accumulators and their reduction over
+replicas, the norms of the LARS trust ratio, the optimizer's arithmetic (its state is 16-bit only where it is stored)
+and the learning rate. Of weights only the convolutions' kernels are cast to the compute format.
+
+A GPU multiplies fp32 matrices in TF32, with 10 bits behind the point, a TPU in bfloat16, unless JAX is told otherwise
+(JAX_DEFAULT_MATMUL_PRECISION=highest, which is slower): the convolutions of 32.32 are as exact as that. The small
+matrix products of squeeze-and-excite and the classifier are told otherwise.
 """
 
 import dataclasses
@@ -31,7 +36,7 @@ class Policy:
 
     Attributes:
         name: "compute.master", a key of `POLICIES`.
-        compute: Format of activations, of the weights cast for them, and of the gradients flowing back.
+        compute: Format of activations, of the kernels cast for them, and of the gradients flowing back.
         master: Format in which the weights live between updates.
         state: Format in which optimizer state (momentum, mean square) lives between updates.
         average: Format of weight averages; a 16-bit average would forget what it adds.

@@ -148,8 +148,9 @@ def make_accumulate(
         )
         draw = functools.partial(augment.draw, rule.mixing, size=batch['image'].shape[1:3])
         micros = micros._replace(mixing=jax.vmap(draw)(micros.keys, micros.mask))
-        # Cast once an update, not once a micro-batch.
-        rows = {'params': state.params.astype(rule.policy.compute), 'batch_stats': state.batch_stats}
+        rows = {'params': state.params, 'batch_stats': state.batch_stats}
+        if rule.policy.compute != rule.policy.master:  # cast once an update, not once a micro-batch
+            rows['cast'] = state.params.astype(rule.policy.compute)
         if len(stages) == 1:
             return _run_loop(stages, packings, rows, micros, state.loss_scale.scale)
         return _run_pipeline(stages, packings, rows, micros, state.loss_scale.scale, layout)
@@ -159,7 +160,7 @@ def make_accumulate(
 
 def _run_loop(stages: list[Stage], packings: Packings, rows: Tree, micros: Micro, scale: jax.Array) -> Tree:
     """The one stage there is, one micro-batch after the other; packs the sums at the end."""
-    variables = packings.unpack_stage(0, rows)
+    variables = _unpack(packings, 0, rows)
 
     def step(sums: Tree, micro: Micro) -> tuple[Tree, None]:
         loss, pull, found = stages[0].vjp(variables, None, micro, scale)
@@ -174,6 +175,18 @@ def _run_loop(stages: list[Stage], packings: Packings, rows: Tree, micros: Micro
         'grads': packings.params.parts[0].pack(sums['grads'], jnp.float32),
         'batch_stats': packings.batch_stats.parts[0].pack(sums['batch_stats'], jnp.float32),
     }
+
+
+def _unpack(packings: Packings, stage: int, rows: Tree) -> Tree:
+    """Returns one stage's variables, kernels of convolutions in the compute dtype and all else as it is stored."""
+    rows = dict(rows)
+    cast = rows.pop('cast', None)
+    variables = packings.unpack_stage(stage, rows)
+    if cast is not None:
+        kernels = packings.unpack_stage(stage, {'params': cast})['params']
+        params = jax.tree.map(lambda own, kernel: kernel if own.ndim == 4 else own, variables['params'], kernels)
+        variables |= {'params': params}
+    return variables
 
 
 def _run_pipeline(
@@ -215,7 +228,7 @@ class Work:
     Args:
         stages: From first to last, at least two.
         packings: Of the variables, by stage.
-        rows: The device's own packed variables, parameters in the compute dtype.
+        rows: The device's own packed variables and, where it is not the master dtype, parameters in the compute dtype.
         micros: All micro-batches of the replica.
         scale: Of the loss.
         keeps_all: Whether a stage keeps what its backward needs, or its input, from which it computes that again.
@@ -241,8 +254,9 @@ class Work:
         spec, (_, size, images, *_) = stages[0].model.spec, micros.image.shape
         self._shapes = [(size, *boundary_shape(spec, stage.model.blocks[0], images)) for stage in stages]
         self._depth = table.stash_depth(first=keeps_all)
+        self._dtype = stages[0].rule.policy.compute  # of what goes from stage to stage
         self._residuals = [self._trace_residuals(number) for number in range(len(stages) - 1)] if keeps_all else []
-        wire = jnp.zeros(max(map(math.prod, self._shapes[1:])), rows['params'].dtype)
+        wire = jnp.zeros(max(map(math.prod, self._shapes[1:])), self._dtype)
         widths = largest(self._residuals) if keeps_all else {str(wire.dtype): wire.size}
         stash = {name: jnp.zeros((self._depth, size), name) for name, size in widths.items()}
         self.start = InFlight(wire, wire, stash, _no_sums(packings))
@@ -285,7 +299,7 @@ class Work:
     def _backward(self, number: int, index: jax.Array, given: tuple, state: InFlight) -> InFlight:
         """An earlier stage backward."""
         if self._keeps_all:
-            params = self._packings.unpack_stage(number, given[0])['params']
+            params = _unpack(self._packings, number, given[0])['params']
             pull = self._residuals[number].take(state.stash, index % self._depth, params)
         else:
             kept = None if self._stages[number].first else next(iter(state.stash.values()))[index % self._depth]
@@ -296,7 +310,7 @@ class Work:
 
     def _vjp(self, number: int, index: jax.Array, given: tuple, x: jax.Array | None) -> tuple:
         stage, (rows, micros, scale) = self._stages[number], given
-        micro, variables = jax.tree.map(lambda leaf: leaf[index], micros), self._packings.unpack_stage(number, rows)
+        micro, variables = jax.tree.map(lambda leaf: leaf[index], micros), _unpack(self._packings, number, rows)
         return stage.vjp(variables, None if stage.first else self._unflat(x, number), micro, scale)
 
     def _flat(self, x: jax.Array, state: InFlight) -> jax.Array:
@@ -313,12 +327,12 @@ class Work:
 
         def probe(x: jax.Array) -> jax.Array:
             rows, micros, scale = self._given
-            variables = self._packings.unpack_stage(number, rows)
+            variables = _unpack(self._packings, number, rows)
             _, pull, _ = self._stages[number].vjp(variables, x, jax.tree.map(lambda leaf: leaf[0], micros), scale)
             found['residuals'] = Residuals(pull, variables['params'])
             return x
 
-        jax.eval_shape(probe, jax.ShapeDtypeStruct(self._shapes[number], self._given[0]['params'].dtype))
+        jax.eval_shape(probe, jax.ShapeDtypeStruct(self._shapes[number], self._dtype))
         return found['residuals']
 
 

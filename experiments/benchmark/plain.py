@@ -35,7 +35,7 @@ def make_step(parts: Parts, batch: dict[str, jax.Array]) -> Piece:
     def step(params: jax.Array, state: Tree, number: jax.Array, batch: Tree) -> tuple:
         keys = random_keys.sample_keys(samples, number, jnp.arange(layout.rows, dtype=jnp.int32))
         micros = _micros(parts, batch, keys)
-        tree = packing.unpack(params.astype(rule.policy.compute))
+        tree = packing.unpack(params)
         scale = rule.loss_scale.init().scale
 
         def add(sums: Tree, micro: Micro) -> tuple[Tree, jax.Array]:
@@ -78,7 +78,7 @@ def make_stages(parts: Parts, variables: Tree, batch: dict[str, jax.Array]) -> d
         model = parts.model.clone(blocks=names, recompute=layout.recompute == 'block')
         stage = Stage(model, number == 0, number == len(blocks) - 1, rule)
         own = {name: variables['params'][name] for name in names}
-        own = {'params': jax.tree.map(lambda leaf: leaf.astype(rule.policy.compute), own), 'batch_stats': {}}
+        own = {'params': jax.tree.map(lambda leaf: leaf.astype(rule.policy.master), own), 'batch_stats': {}}
         forward, both = _stage_functions(stage, scale)
         y = None
         if not stage.last:

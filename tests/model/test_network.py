@@ -337,6 +337,15 @@ def test_dropping_keeps_the_expectation(drop):
     assert (alike == 1) == (drop is stochastic_depth)  # whole samples, or single elements
 
 
+@pytest.mark.parametrize('survival', [0.9875, 0.85])
+def test_what_survives_is_rounded_once(survival):
+    x = jnp.linspace(1, 2, 64).astype(jnp.bfloat16).reshape(64, 1, 1, 1)
+    y = stochastic_depth(x, survival, jax.random.split(jax.random.key(0), 64))
+    expected = jnp.where(y != 0, x.astype(jnp.float32) / survival, 0).astype(jnp.bfloat16)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, expected)
+
+
 def test_layer_keys_are_the_documented_ones():
     keys = jax.random.split(jax.random.key(0), 2)
     for layer in ('block2b', 'head', 'block7a'):

@@ -199,6 +199,19 @@ def test_batch_norm_writes_raw_statistics_and_uses_the_stored_ones():
     np.testing.assert_allclose(evaluated, wide / np.sqrt(1 + 1e-3), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
+def test_batch_norm_is_rounded_once_in_evaluation_too(dtype):
+    x = (3 * jax.random.normal(jax.random.key(0), (4, 5, 5, 6))).astype(dtype)
+    layer = BatchNorm(swish=True)
+    variables = layer.init(jax.random.key(1), x, train=False)
+    normed = np.float64(x) / np.sqrt(1 + 1e-3)
+    exact = normed / (1 + np.exp(-normed))
+    found = layer.apply(variables, x, train=False)
+    assert found.dtype == dtype
+    step = np.float64(jnp.finfo(dtype).eps) * 2.0 ** np.floor(np.log2(np.abs(exact)))
+    assert (np.abs(np.float64(found) - exact) <= 0.51 * step).all()
+
+
 def test_proxy_moments_against_monte_carlo():
     rng = np.random.default_rng(0)
     scale, bias, proxy_scale, proxy_bias = rng.normal(size=(4, 7)) * [[1.0], [1.0], [0.3], [0.5]]

@@ -83,6 +83,8 @@ def test_nan_is_never_a_hit(row):
     nan_label = [i for i, value in enumerate(row) if np.isnan(value)]
     for label in nan_label:
         assert not hits(jnp.array([row]), jnp.array([label]), 1)[0]
+    for label in range(3):
+        assert not hits(jnp.array([row]), jnp.array([label]), 5)[0]
     assert not hits(jnp.array([[np.nan, 0.0, -1.0]]), jnp.array([1]), 1)[0]
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from efficientnet.loop.programs import compile_update
 from efficientnet.numerics import augment, random_keys
@@ -186,6 +187,19 @@ def test_masked_examples_count_for_nothing():
     assert_trees_equal(parts.grid.fetch(outcomes[0][0].params), parts.grid.fetch(outcomes[1][0].params))
     assert outcomes[0][1]['count'] == 8
     assert outcomes[0][1]['correct'] <= 8
+
+
+@pytest.mark.parametrize('splits', ['auto', 'block1a'])
+def test_only_kernels_of_convolutions_are_cast(splits):
+    """Under bf16.32 norms, squeeze-and-excite and classifier have fp32 weights, and gradients that are not rounded."""
+    optimizer = {'optimizer__name': 'sgd', 'optimizer__weight_decay': 0.0}
+    parts = tiny_parts(blocks=1, micro_batch=16, splits=splits, precision__policy='bf16.32', **optimizer)
+    state = unpack_state(run_updates(parts, 1)[0], parts.packings)
+    grads = flatten_dict(state.optimizer[0].momentum, sep='/')  # the first momentum is the gradient
+    for name, grad in grads.items():
+        has_more = (np.asarray(grad).view(np.uint32) & 0xFFFF).any()
+        is_kernel = name.endswith('/kernel') and 'se_' not in name and 'classifier' not in name
+        assert has_more == (not is_kernel), name
 
 
 def test_batch_norm_statistics_move_once_an_update():
