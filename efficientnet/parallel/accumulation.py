@@ -70,7 +70,7 @@ class Stage:
         """Goes forward.
 
         Args:
-            params: Of the blocks, in the compute dtype.
+            params: Of the blocks, kernels of convolutions in the compute dtype.
             batch_stats: Of the blocks.
             x: Activation from the stage before, [N, H, W, C]; None for the first stage.
             micro: The micro-batch.
@@ -81,7 +81,8 @@ class Stage:
             this micro-batch, 'metrics': sums over its examples, of the last stage}.
         """
         if self.first:
-            x = normalise(micro.image, self.rule.mean, self.rule.std, self.rule.policy.compute)
+            image = _without_blanks(micro) if self.model.norm == 'batch' else micro.image
+            x = normalise(image, self.rule.mean, self.rule.std, self.rule.policy.compute)
             x = augment.mix_images(x, micro.mixing)
         variables = {'params': params, 'batch_stats': batch_stats}
         y, mutated = self.model.apply(variables, x, train=True, sample_keys=micro.keys, mutable=['batch_stats'])
@@ -113,6 +114,12 @@ class Stage:
         inputs = () if self.first else (x,)
         # What is not an argument costs no gradient: leading blocks that are frozen go forward only.
         return jax.vjp(function, freezing.leave_out(params, self.rule.frozen), *inputs, has_aux=True)
+
+
+def _without_blanks(micro: Micro) -> jax.Array:
+    """The images, with the first good one in the place of blanks, which would be part of batch norm's statistics."""
+    good = micro.mask > 0
+    return jnp.where(good[:, None, None, None], micro.image, micro.image[jnp.argmax(good)][None])
 
 
 def make_accumulate(

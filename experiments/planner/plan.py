@@ -48,6 +48,7 @@ from experiments.planner.workload import IMAGE_BYTES, Workload
 
 STAGES = (1, 2, 4, 8)  # that 'auto' tries
 LARGEST = 256  # micro-batch that is tried
+BUDGETS = 32  # shares of the largest stage that the others are tried to stay within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,12 +270,17 @@ class _Planner:
         if stages == 2:  # few enough to try them all, with all that a budget of counted bytes leaves out
             plans = [self.cut((block.name,)) for block in self.costs[1:]]
             return max((one for one in plans if one.fits), key=lambda one: one.images_per_second, default=plan)
-        uncounted = sum(plan.memory.values()) - max(stage.total for stage in plan.stages)
-        budget = int(plan.room - uncounted)
-        try:
-            return self.cut(balance(self.costs, stages, workload.recompute, budget=budget, **self.options))
-        except ConfigError:  # no splits fit
-            return plan
+        accumulators = self.storage.accumulator * software.gradients
+        options = self.options | {'storage': dataclasses.replace(self.storage, accumulator=accumulators)}
+        table = stage_table(self.costs, plan.layout.splits, workload.recompute, **options)
+        plans, largest = [], max(stage.total for stage in table)
+        for part in range(BUDGETS, 0, -1):  # a stage's total is not all that a device holds, so several are tried
+            budget = largest * part // BUDGETS
+            try:
+                plans.append(self.cut(balance(self.costs, stages, workload.recompute, budget=budget, **options)))
+            except ConfigError:  # no stages are that small
+                break
+        return max((one for one in plans if one.fits), key=lambda one: one.images_per_second, default=plan)
 
     def cut(self, splits: tuple[str, ...]) -> Plan:
         """Returns the plan with such splits."""

@@ -375,6 +375,17 @@ def test_two_stages_fit_wherever_some_cut_does():
     assert plan_on('tpu_v3_8', workload).fits
 
 
+@pytest.mark.parametrize('room', [240, 250, 260, 270])
+def test_four_stages_fit_between_the_least_and_what_balance_needs(room):
+    """Balanced ones need 278 MiB a device, the smallest 233."""
+    system = SYSTEMS['dgx_a100_8']
+    device = system.device._replace(memory=room * 2**20 / system.device.usable)
+    workload = Workload(model='b0', micro_batch=8, global_batch=768, stages=4, splits='balanced')
+    plan = make_plan(dataclasses.replace(system, device=device), workload, 0.05)
+    assert plan.fits
+    assert sum(plan.memory.values()) <= room * 2**20
+
+
 def test_images_held():
     layout = Layout(1, 3, 5, ('block4a',))
     assert memory.images_held(SYSTEMS['ipu_pod16'].software, layout) == 12

@@ -172,19 +172,21 @@ def test_a_dynamic_scale_recovers():
     assert state.step == 20 - state.skipped
 
 
-def test_masked_examples_count_for_nothing():
+@pytest.mark.parametrize('norm', ['group', 'batch'])
+def test_masked_examples_count_for_nothing(norm):
     """A batch whose second half is masked has the gradient of its first half, halved by the fixed divisor."""
-    parts = tiny_parts(blocks=1, model__dropout=0.0, model__survival=1.0, micro_batch=16)
+    parts = tiny_parts(blocks=1, model__dropout=0.0, model__survival=1.0, micro_batch=16, model__norm=norm)
     program, stop = compile_update(parts), parts.grid.flag(False)
     start = jax.device_get(parts.init_state())
     batch = next(iter(parts.train_batches(0)))
-    mask = np.repeat(np.float32([1, 0]), 8)
+    mask = np.repeat(np.float32([0, 1, 0]), [1, 8, 7])
     outcomes = []
     for filler in (0, 255):
         image = np.where(mask[:, None, None, None] > 0, batch['image'], np.uint8(filler))
         rows = parts.grid.shard({**batch, 'image': image, 'mask': mask})
         outcomes.append(program(parts.grid.place(start), rows, stop))
-    assert_trees_equal(parts.grid.fetch(outcomes[0][0].params), parts.grid.fetch(outcomes[1][0].params))
+    for name in ('params', 'batch_stats'):
+        assert_trees_equal(*(parts.grid.fetch(getattr(state, name)) for state, _ in outcomes))
     assert outcomes[0][1]['count'] == 8
     assert outcomes[0][1]['correct'] <= 8
 
