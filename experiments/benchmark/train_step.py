@@ -63,6 +63,8 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f'--{name}={args[name]!r} must be one of {", ".join(known)}')
     if args['steps'] < 1:
         raise ConfigError(f'--steps={args["steps"]} must be at least 1')
+    if args['mode'] == 'evaluate' and args['accumulation'] != 1:
+        raise ConfigError(f'--accumulation={args["accumulation"]} means nothing to --mode=evaluate; leave it out')
     native = ('native', 'auto') if args['device'] == 'gpu' else ('native',)  # --conv_method with which ours is as well
     if args['against'] == 'native' and args['conv_method'] in native:
         raise ConfigError(

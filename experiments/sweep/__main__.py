@@ -65,6 +65,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError(f'--config.{field} means nothing here: study {args.study} sets it in every trial')
     space = studies.distributions(plan, recipe)
     trainer.make_folder('workdir', args.workdir)
+    search.claim_folder(args.workdir, args.name)
     study = search.open_study(args.name, search.open_storage(args.storage), recipe, prune=args.prune)
     with Interrupt() as interrupt:
         sweep = search.Sweep(

@@ -88,6 +88,24 @@ def open_study(name: str, storage: BaseStorage, recipe: ml_collections.ConfigDic
     return study
 
 
+def claim_folder(workdir: pathlib.Path, name: str) -> None:
+    """Makes a folder that of a study: trials are folders by number, and those of two would be the same.
+
+    Raises:
+        ConfigError: It is another's.
+    """
+    path = workdir / 'study'
+    try:
+        with path.open('x') as file:
+            file.write(name)
+    except FileExistsError:
+        owner = path.read_text()
+        if owner not in (name, ''):  # '': a process beside this one is about to write it
+            raise ConfigError(
+                f'--workdir={workdir} holds trials of study {owner!r}; for {name!r} give another'
+            ) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """What the workers of a sweep share."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from configs import base
 from efficientnet.errors import ConfigError
 from efficientnet.loop.assemble import assemble
 from efficientnet.loop.settings import flatten
@@ -25,6 +26,7 @@ from experiments.claims.verdicts import CONTRADICTED, HOLDS, MEASURED, OPEN, Dif
 ROOT = pathlib.Path(__file__).parents[2]
 FAKE = (sys.executable, str(ROOT / 'tests' / 'fake_trainer.py'))
 STORED = sorted(command.STORED.glob('*.csv'))
+RECIPES = command.STORED / 'recipes.json'  # as they were when the results came about
 
 # ml_collections loads recipes so.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
@@ -348,6 +350,18 @@ def test_stored_results_are_of_the_settings_as_they_are(path, capsys):
     command.main([f'--scale={path.stem}', '--show', '--workdir=/nowhere'])
     with path.open(newline='') as file:
         assert f'{len(list(csv.DictReader(file)))} runs' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('path', json.loads(RECIPES.read_text()))
+def test_stored_results_are_of_the_recipes_as_they_are(path):
+    """If this fails, results of other recipes are shown: run the claims again, and write the recipes beside them."""
+    now = json.loads(json.dumps(flatten(trainer.load_recipe(path))))
+    then = json.loads(RECIPES.read_text())[path]
+    assert {field: now.get(field) for field in then} == then
+    neutral = json.loads(json.dumps(flatten(base.get_config())))
+    assert {field: now[field] for field in now.keys() - then.keys()} == {
+        field: neutral[field] for field in now.keys() - then.keys()
+    }
 
 
 def test_text():

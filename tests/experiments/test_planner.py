@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import pathlib
+import re
 
 import pytest
 from matplotlib.figure import Figure
@@ -366,6 +368,13 @@ def test_hours_are_published_ones_and_those_of_published_speeds():
     half = plan_on('ipu_pod256', dataclasses.replace(REFERENCE, epochs=175.0))
     (found,) = sweep.published_numbers([half], 'hours').values()
     assert found == [pytest.approx(updates * 6144 / 87_968 / 3600 / 2, rel=1e-4)]
+
+
+@pytest.mark.parametrize(('family', 'name'), [('ipu', 'IPU'), ('dgx', 'DGX'), ('tpu', 'TPU')])
+def test_the_readme_has_the_efficiencies_that_are_fitted(family, name):
+    text = (pathlib.Path(calibration.__file__).parent / 'README.md').read_text()
+    (row,) = re.findall(rf'^\| {name} \(.*$', text, re.MULTILINE)
+    assert row.endswith(f'| {100 * calibration.family_efficiency(family):.1f} % |')
 
 
 def test_two_stages_fit_wherever_some_cut_does():

@@ -269,6 +269,16 @@ def test_a_grid_is_done_once(tmp_path):
     assert len(sweep.study.trials) == 4
 
 
+def test_a_folder_is_of_one_study(tmp_path, capsys):
+    for _ in range(2):
+        search.claim_folder(tmp_path, 'one')
+    flags = ['--config=configs/digits.py', f'--workdir={tmp_path}', '--trials=1', '--study=lars', '--name=two']
+    with pytest.raises(SystemExit):
+        command.main(flags)
+    assert f"--workdir={tmp_path} holds trials of study 'one'; for 'two' give another" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ['study']  # nothing was begun
+
+
 def test_another_recipe_is_another_study(tmp_path):
     storage = search.open_storage(str(tmp_path / 'sweep.db'))
     other = trainer.load_recipe(DIGITS, ['--config.epochs=3', '--config.model.width=0.25'])

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from experiments.benchmark import __main__ as command
-from experiments.benchmark import setup
+from experiments.benchmark import growth, host_input, memory, pipeline, setup, start, train_step
 from tests.experiments.benchmark.command_line import parsed
 
 
@@ -15,6 +15,7 @@ from tests.experiments.benchmark.command_line import parsed
         (['train_step', '--against=tensorflow'], "--against='tensorflow' must be one of timm, timm-compile, native"),
         (['train_step', '--steps=0'], '--steps=0 must be at least 1'),
         (['train_step', '--batch=0'], 'error: --batch=0 must be at least 1'),
+        (['train_step', '--mode=evaluate', '--accumulation=2'], '--accumulation=2 means nothing to --mode=evaluate'),
         (
             ['train_step', '--against=native', '--conv_method=native'],
             '--against=native is what --conv_method=native is with --device=cpu: give another --conv_method',
@@ -64,13 +65,24 @@ def test_a_gpu_that_is_not_there_is_an_error(capsys):
 
 
 def test_help_lists_the_benchmarks(capsys):
-    for argv in (['--help'], ['train_step', '--help'], ['pipeline', '--help'], ['memory', '--help']):
+    modules = {
+        'train_step': train_step,
+        'growth': growth,
+        'pipeline': pipeline,
+        'memory': memory,
+        'input': host_input,
+        'start': start,
+    }
+    with pytest.raises(SystemExit) as ended:
+        command.main(['--help'])
+    assert ended.value.code == 0
+    said = ' '.join(capsys.readouterr().out.split())
+    for name, module in modules.items():
+        assert f'{name} {module.__doc__.partition(chr(10))[0]}' in said
         with pytest.raises(SystemExit) as ended:
-            command.main(argv)
+            command.main([name, '--help'])
         assert ended.value.code == 0
-    out = capsys.readouterr().out
-    for module in command.BENCHMARKS.values():
-        assert module.__doc__.partition('\n')[0].split()[0] in out
+        assert module.__doc__.strip() in capsys.readouterr().out
 
 
 def test_table():
