@@ -13,6 +13,7 @@ import gc
 import os
 import pathlib
 import sys
+from logging import Formatter
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -53,6 +54,7 @@ _CLUSTER = flags.DEFINE_enum(
 def run(argv: list[str]) -> None:
     """Sets JAX up as the flags say and hands over."""
     logging.set_verbosity(logging.WARNING)  # absl's default for programs would pass on every library's chatter
+    logging.get_absl_handler().setFormatter(Formatter('%(levelname)s: %(message)s'))  # a time and a thread tell nobody
     gc.set_threshold(50_000)  # importing and tracing make many objects and hardly any garbage: a second of the start
     from efficientnet.loop.host_memory import computes_on_cpu, keep_freed_memory
 

@@ -57,6 +57,8 @@ def export(
     """
     if not dest.name:
         raise ConfigError(f'{dest} is a folder; give the name of a file')
+    if form == 'safetensors' and dest.suffix != '.safetensors':
+        raise ConfigError(f'{dest} must end in .safetensors, by which such a file is known')
     card_file = dest.with_name(dest.name + '.json')
     files = [dest, card_file] if form == 'stablehlo' else [dest]
     for path in files:

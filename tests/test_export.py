@@ -222,7 +222,9 @@ def test_variances_below_0_are_refused(trained, tmp_path):
 def test_folders_that_are_files_are_named(tmp_path):
     write_run(tmp_path / 'run', tiny_trained())
     (tmp_path / 'file').write_text('')
-    with pytest.raises(ConfigError, match=r'file/out cannot be written: .*/file is no folder'):
-        export(tmp_path / 'run', tmp_path / 'file' / 'out', 'safetensors')
+    with pytest.raises(ConfigError, match=r'file/out.safetensors cannot be written: .*/file is no folder'):
+        export(tmp_path / 'run', tmp_path / 'file' / 'out.safetensors', 'safetensors')
+    with pytest.raises(ConfigError, match=r'/out must end in \.safetensors'):
+        export(tmp_path / 'run', tmp_path / 'out', 'safetensors')
     with pytest.raises(ConfigError, match=r'RUN=.*none holds no run'):
-        export(tmp_path / 'none', tmp_path / 'out', 'safetensors')
+        export(tmp_path / 'none', tmp_path / 'out.safetensors', 'safetensors')

@@ -240,7 +240,9 @@ class Run:
         }
         with writing(self.workdir, self.position):
             write_json(self.workdir / 'summary.json', summary)
+        damaged = [*parts.damaged_train.values(), *parts.damaged_test.values()]
         say(
+            *([f'{len(damaged)} damaged images were left out, such as {damaged[0]}'] if damaged else []),
             f'done: {self.position} steps in {duration(clock.seconds)} ({clock.compiling:.0f} s of it compiling), '
             f'{summary["images_per_second"]:.0f} images/s',
             f'test accuracy {evaluation_text(self.evaluation)}',

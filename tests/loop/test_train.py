@@ -13,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from efficientnet.errors import ConfigError, DivergedError, RunError
 from efficientnet.loop.assemble import assemble
@@ -89,6 +90,18 @@ def test_what_a_run_leaves_behind(finished):
     assert float(rows(workdir)[-1]['test_accuracy']) == pytest.approx(summary['test_accuracy'], rel=1e-6)
     assert list(workdir.glob('events.out.tfevents.*'))
     assert json.loads((workdir / 'config.json').read_text())['steps'] == 6
+
+
+def test_damaged_images_are_told_of_at_the_end(tmp_path, capsys):
+    for split in ('train', 'test'):
+        for number in range(16):
+            path = tmp_path / split / 'ab'[number % 2] / f'{number}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (8, 8), (number, 0, 0)).save(path)
+        path.write_bytes(b'damaged')
+    fields = {'dataset': 'folder', 'input__dir': str(tmp_path), 'augment__flip': True, 'steps': 2}
+    train(tiny_config(**TINY, **fields), tmp_path / 'run')
+    assert f'2 damaged images were left out, such as {tmp_path}/train/b/15.png\n' in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_run_again(finished, capsys):
