@@ -189,8 +189,9 @@ class Report:
     def _line(self, values: dict[str, float], evaluation: dict[str, float] | None) -> str:
         step, width = values['step'], len(str(self._total_steps))
         total_epochs = self._total_steps * self._epochs_per_step
+        digits = 1 if total_epochs >= 1 else 3
         parts = [
-            f'epoch {values["epoch"]:.1f}/{total_epochs:.1f}',
+            f'epoch {values["epoch"]:.{digits}f}/{total_epochs:.{digits}f}',
             f'step {step:{width}}/{self._total_steps}',
         ]
         if 'train_loss' in values:

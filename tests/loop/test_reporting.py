@@ -35,8 +35,8 @@ def test_a_pipeline_of_mostly_bubble_is_said(stages, count, schedule, hint):
     assert re.match(hint, found) if hint else not found
 
 
-def report(path, step=0, clock=None):
-    options = {'total_steps': 100, 'epochs_per_step': 0.1, 'global_batch': 8}
+def report(path, step=0, clock=None, epochs_per_step=0.1):
+    options = {'total_steps': 100, 'epochs_per_step': epochs_per_step, 'global_batch': 8}
     return Report(path, step=step, clock=clock or Clock({}), **options)
 
 
@@ -53,6 +53,15 @@ def rows(path):
 @pytest.mark.parametrize(('seconds', 'text'), [(0, '0:00'), (59.6, '1:00'), (3599, '59:59'), (3723, '1:02:03')])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(('epochs_per_step', 'text'), [(0.1, 'epoch 2.0/10.0'), (0.0002, 'epoch 0.004/0.020')])
+def test_less_than_an_epoch_has_more_digits(tmp_path, capsys, epochs_per_step, text):
+    book = report(tmp_path, epochs_per_step=epochs_per_step)
+    book.add(metrics(1.0))
+    book.row(20)
+    book.close()
+    assert capsys.readouterr().out.startswith(text)
 
 
 def test_a_row_is_the_mean_since_the_row_before(tmp_path, capsys):
