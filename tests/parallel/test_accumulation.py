@@ -189,6 +189,34 @@ def test_what_the_program_sends(splits, groups):
     assert 'may-alias' in text or 'must-alias' in text
 
 
+@pytest.mark.parametrize('splits', ['block2a', 'block1a,block2a'])
+def test_what_is_sent_waits_for_all_work_of_a_tick(splits):
+    """An exchange blocks a CPU's thread; before a stage's work it makes the stages take turns."""
+    _, program = compiled(splits=splits, replicas=2)
+    (tick,) = [block for block in program.as_text().split('\n\n') if 'collective-permute(' in block]
+    found = {}  # by instruction: its kind and what it reads
+    for line in tick.splitlines():
+        if matched := re.match(r'\s+(?:ROOT )?(%?[\w.\-]+) = .*? ([\w\-]+)\((.*)', line):
+            name, kind, rest = matched.groups()
+            found[name] = kind, re.findall(r'%[\w.\-]+', re.sub(r'(calls|to_apply|body|condition)=\S+', '', rest))
+
+    def behind(name):
+        seen, waiting = set(), [name]
+        while waiting:
+            for other in found.get(waiting.pop(), ('', []))[1]:
+                if other not in seen:
+                    seen.add(other)
+                    waiting.append(other)
+        return seen
+
+    loops = {name for name, (kind, _) in found.items() if kind == 'while'}
+    stages = splits.count(',') + 2
+    assert len(loops) >= 2 * stages - 1  # there and back, of the last stage both at once
+    for name, (kind, _) in found.items():
+        if kind == 'collective-permute':
+            assert loops <= behind(name)
+
+
 def test_a_device_holds_its_stage_only():
     parts, program = compiled(splits='block1a,block2a', replicas=2)
     sizes = [part.shape[0] for part in parts.packings.params.parts]
