@@ -29,7 +29,7 @@ import itertools
 import math
 import string
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from efficientnet.errors import ConfigError
 from efficientnet.model.costs import FP32_BYTES, BlockCost
@@ -299,6 +299,17 @@ def balance(
     return tuple(splits)
 
 
+class _Load(NamedTuple):
+    """Sums over some blocks in a row, bytes of a micro-batch."""
+
+    parameters: int
+    macs: int
+    forward: float  # multiply-adds of a micro-batch, or seconds
+    inputs: int
+    kept: int
+    beyond: int  # the most that a block keeps besides its input
+
+
 @dataclasses.dataclass(frozen=True)
 class _Pipeline:
     """A network in so many stages, wherever it is cut; the fields are as in `stage_table`."""
@@ -321,38 +332,65 @@ class _Pipeline:
 
     def stage(self, number: int, start: int, stop: int) -> StageCost:
         """Returns stage `number` if it has the blocks from `start` to before `stop`."""
-        blocks, after = self.costs[start:stop], self.stages - 1 - number
-        parameters, macs = sum(block.parameters for block in blocks), sum(block.macs for block in blocks)
-        forward = macs * self.micro_batch
-        if self.seconds is not None:
-            forward = sum(self.seconds[block.name] for block in blocks)
-        inputs = [self._input(block) for block in blocks]
-        kept = [self.micro_batch * block.kept_bytes(self.storage.compute) for block in blocks]
-        activations = sum(kept)
-        stashed = activations if self.recompute == 'none' else inputs[0] * (number > 0)
-        if self.recompute == 'block':
-            activations = sum(inputs) + max(k - i for k, i in zip(kept, inputs, strict=True))
+        load = self._loads(start)[stop - start - 1]
+        weights, stash, activations = self._held(number, start, load)
         return StageCost(
-            blocks=tuple(block.name for block in blocks),
-            parameters=parameters,
-            macs=macs,
-            work=forward * PASSES[self.recompute][after == 0],
-            weights=parameters * self.storage.parameter,
-            stash=stashed * (2 * after if self.schedule == 'grouped' else min(after, 1)),
+            blocks=tuple(block.name for block in self.costs[start:stop]),
+            parameters=load.parameters,
+            macs=load.macs,
+            work=self._work(number, load),
+            weights=weights,
+            stash=stash,
             activations=activations,
-            sent=self._input(self.costs[stop]) if after else 0,
+            sent=self._sent(number, stop),
         )
 
     def prices(self) -> Prices:
         """Returns the price of every stage that leaves all others at least one block, first stages first."""
         prices, count = {}, len(self.costs)
+        loads = [self._loads(start) for start in range(count)]
         for number in range(self.stages):
             after = self.stages - 1 - number
             for start in range(number, count - after) if number else (0,):
                 stops = range(start + 1, count - after + 1) if after else (count,)
-                stages = {stop: self.stage(number, start, stop) for stop in stops}
-                prices[number, start] = {stop: (s.work, s.total, s.sent) for stop, s in stages.items()}
+                spans = {stop: loads[start][stop - start - 1] for stop in stops}
+                prices[number, start] = {
+                    stop: (self._work(number, load), sum(self._held(number, start, load)), self._sent(number, stop))
+                    for stop, load in spans.items()
+                }
         return prices
+
+    def _loads(self, start: int) -> list[_Load]:
+        """What the blocks from `start` up to each later one, and it, come to together."""
+        loads, load = [], _Load(0, 0, 0, 0, 0, 0)
+        for block in self.costs[start:]:
+            taken = self._input(block)
+            kept = self.micro_batch * block.kept_bytes(self.storage.compute)
+            forward = block.macs * self.micro_batch if self.seconds is None else self.seconds[block.name]
+            load = _Load(
+                load.parameters + block.parameters,
+                load.macs + block.macs,
+                load.forward + forward,
+                load.inputs + taken,
+                load.kept + kept,
+                max(load.beyond, kept - taken) if loads else kept - taken,
+            )
+            loads.append(load)
+        return loads
+
+    def _work(self, number: int, load: _Load) -> float:
+        return load.forward * PASSES[self.recompute][number == self.stages - 1]
+
+    def _held(self, number: int, start: int, load: _Load) -> tuple[int, int, int]:
+        """Bytes of weights, stash and activations."""
+        after = self.stages - 1 - number
+        stashed = load.kept if self.recompute == 'none' else self._input(self.costs[start]) * (number > 0)
+        activations = load.inputs + load.beyond if self.recompute == 'block' else load.kept
+        stash = stashed * (2 * after if self.schedule == 'grouped' else min(after, 1))
+        return load.parameters * self.storage.parameter, stash, activations
+
+    def _sent(self, number: int, stop: int) -> int:
+        return self._input(self.costs[stop]) if number < self.stages - 1 else 0
 
     def _input(self, block: BlockCost) -> int:
         """Bytes of a micro-batch's activation that enters a block."""
@@ -373,7 +411,8 @@ def _smallest_maxima(prices: Prices, limits: Sequence[float], criterion: int) ->
 
 
 def _within(price: Price, limits: Sequence[float]) -> bool:
-    return all(value <= limit for value, limit in zip(price, limits, strict=True))
+    work, held, sent = limits  # spelt out: planning calls this a million times
+    return price[0] <= work and price[1] <= held and price[2] <= sent
 
 
 def _spans(names: Sequence[str], splits: Sequence[str]) -> list[tuple[int, int]]:

@@ -414,7 +414,7 @@ def test_sweep(tmp_path, capsys):
         assert (out / f'{name}.png').read_bytes().startswith(b'\x89PNG')
     (tmp_path / 'file').write_text('')
     with pytest.raises(ConfigError, match='cannot be written'):
-        sweep.write(sweep.sweep(Workload())[:1], tmp_path / 'file' / 'charts')
+        sweep.write([plan_on('ipu_pod16', Workload())], tmp_path / 'file' / 'charts')
 
 
 @pytest.mark.parametrize(('schedule', 'stages'), [('grouped', 1), ('grouped', 3), ('sequential', 2)])
