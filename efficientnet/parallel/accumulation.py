@@ -209,7 +209,7 @@ def _run_pipeline(
     def tick(state: InFlight, times: tuple) -> tuple[InFlight, None]:
         for number in range(len(stages)):
             state = work.do(number, state, *(jnp.where(stage == number, row[number], NONE) for row in times))
-        state = _when_done(state, jnp.minimum(times[0][0], NONE) - NONE)
+        state = _when_done(state, times[0][0])
         # A stage that rests sends on what it was sent; where nothing came from, the timetable takes nothing.
         x, dy = jax.lax.ppermute(state.x, AXIS, onward), jax.lax.ppermute(state.dy, AXIS, back)
         return state._replace(x=x, dy=dy), None
@@ -227,18 +227,23 @@ class InFlight(NamedTuple):
     sums: Tree  # as `make_accumulate` says
 
 
-def _when_done(state: InFlight, never: jax.Array) -> InFlight:
-    """Makes what is sent wait for all that the tick did, by a loop of `never` = 0 rounds that takes all of it.
+def _when_done(state: InFlight, index: jax.Array) -> InFlight:
+    """Makes what is sent wait for all that the tick did, by a loop of no rounds that takes all of it.
 
     The last stage's work does not touch x, nor the first one's dy. A CPU's exchange waits for the neighbour, and XLA,
     to which a barrier is no order there, would have the last stage first wait for x and only then work on the old one.
+
+    Args:
+        state: At the tick's end.
+        index: Of any stage's micro-batch, or `NONE`.
     """
+    rounds = jnp.minimum(index, NONE) - NONE  # 0, which XLA, not knowing the timetable's numbers, cannot tell
 
     def round_(_: jax.Array, carry: tuple) -> tuple:
         return jax.tree.map(lambda each: each + carry[-1].astype(each.dtype), carry)
 
     done = state.sums['grads'][0, 0]
-    x, dy, _ = jax.lax.fori_loop(0, never, round_, (state.x, state.dy, done))
+    x, dy, _ = jax.lax.fori_loop(0, rounds, round_, (state.x, state.dy, done))
     return state._replace(x=x, dy=dy)
 
 

