@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from efficientnet.errors import ConfigError
+from efficientnet.parallel.packing import ROW, row_sums
 
 KINDS = ('static', 'dynamic')
 
@@ -84,7 +85,12 @@ def all_finite(tree: Any) -> jax.Array:
     """Returns whether every floating-point number in a tree is finite, bool []; of none, True.
 
     0 · x is 0 if x is finite and NaN otherwise, so that one sum tells: a third of the time, on a CPU, of asking every
-    number for itself.
+    number for itself. Of packed arrays it is the sum of the sums of their rows, half the time again.
     """
+
+    def nothing(x: jax.Array) -> jax.Array:
+        zeros = 0.0 * x.astype(jnp.float32)
+        return jnp.sum(row_sums(zeros) if zeros.shape[1:] == (ROW,) else zeros)
+
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return sum((jnp.sum(0.0 * x.astype(jnp.float32)) for x in leaves), jnp.zeros(())) == 0
+    return sum((nothing(x) for x in leaves), jnp.zeros(())) == 0

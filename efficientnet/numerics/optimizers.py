@@ -24,7 +24,7 @@ import optax
 from efficientnet.errors import ConfigError
 from efficientnet.numerics.precision import FP32, Policy
 from efficientnet.numerics.stochastic_rounding import round_updates, store_state_as
-from efficientnet.parallel.packing import StagedPacking, row_sums_of_squares
+from efficientnet.parallel.packing import StagedPacking, row_sums
 
 
 class Treatment(NamedTuple):
@@ -107,7 +107,7 @@ def lars(
 
     def norms(rows: jax.Array) -> jax.Array:
         """Euclidean norm of each array, fp32 [arrays]."""
-        return jnp.sqrt(_array_sums(row_sums_of_squares(rows), packing))
+        return jnp.sqrt(_array_sums(row_sums(jnp.square(rows)), packing))
 
     def init(params: jax.Array) -> MomentumState:
         return MomentumState(count=jnp.zeros((), jnp.int32), momentum=jnp.zeros(params.shape, FP32))

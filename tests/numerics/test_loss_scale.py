@@ -5,6 +5,7 @@ import pytest
 
 from efficientnet.errors import ConfigError
 from efficientnet.numerics.loss_scale import LossScale, all_finite
+from efficientnet.parallel.packing import ROW
 
 
 def run(config, finite):
@@ -79,6 +80,10 @@ def test_all_finite_sees_one_bad_number(dtype, bad):
     good = {'a': jnp.ones((3, 4), dtype), 'count': jnp.int32(7), 'key': jax.random.key(0), 'none': jnp.zeros((0,))}
     assert jax.jit(all_finite)(good)
     assert not jax.jit(all_finite)(good | {'b': [jnp.ones((5,), dtype).at[4].set(bad)]})
+    packed = jnp.ones((7, ROW), dtype)
+    assert jax.jit(all_finite)(good | {'packed': packed})
+    for place in ((0, 0), (3, 100), (6, ROW - 1)):
+        assert not jax.jit(all_finite)(good | {'packed': packed.at[place].set(bad)})
 
 
 def test_all_finite_of_nothing():
