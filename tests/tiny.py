@@ -16,6 +16,7 @@ from efficientnet.loop.programs import compile_update
 from efficientnet.model import scaling
 from efficientnet.numerics.precision import policy as policy_of
 from efficientnet.parallel.train_state import TrainState
+from efficientnet.parallel.update import read_metrics
 from efficientnet.weights.dataset_facts import DatasetFacts
 from efficientnet.weights.trained import Trained, variable_shapes
 
@@ -77,7 +78,7 @@ def run_updates(parts: Parts, count: int, state: TrainState | None = None) -> tu
     metrics = []
     for _, batch in zip(range(count), parts.grid.prefetch(parts.train_batches(0), 1), strict=False):
         state, found = program(state, batch, stop)
-        metrics.append({name: np.asarray(value) for name, value in found.items()})
+        metrics.append(read_metrics(found))
     return parts.grid.fetch(state), metrics
 
 

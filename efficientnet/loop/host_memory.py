@@ -43,8 +43,11 @@ def keep_freed_memory() -> None:
     jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
-def give_back_freed_memory() -> None:
-    """Returns what is free to the kernel; for after compiling, whose threads leave gigabytes in arenas of their own."""
+def drop_leftovers_of_compiling() -> None:
+    """Forgets what JAX has traced and returns what is free to the kernel, of which compiling leaves gigabytes."""
+    import jax
+
+    jax.clear_caches()
     if platform.libc_ver()[0] == 'glibc':
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 

@@ -11,7 +11,7 @@ import numpy as np
 import input_pipeline
 from efficientnet.loop.assemble import Parts
 from efficientnet.loop.evaluation import make_evaluate, make_gather
-from efficientnet.loop.host_memory import give_back_freed_memory
+from efficientnet.loop.host_memory import drop_leftovers_of_compiling
 from efficientnet.numerics import random_keys
 from efficientnet.parallel.train_state import TrainState
 from efficientnet.parallel.update import make_epoch_average, make_update
@@ -25,7 +25,7 @@ class Programs(NamedTuple):
 
     evaluate: Callable[[Tree, Tree, jax.Array], Tree]  # variables of `gather`, batch, stop -> sums
     gather: Callable[[Tree], Tree]  # each device's packed variables -> those of all stages, in the compute dtype
-    update: Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Tree]] | None  # the state is donated
+    update: Callable[[TrainState, Tree, jax.Array], tuple[TrainState, jax.Array]] | None  # the state is donated
     epoch_average: Callable[[TrainState], TrainState] | None  # likewise
     initial: TrainState | None  # not compiled but computed: the state before the first update, on the host
     temporaries: int  # bytes, see `largest_temporaries`
@@ -60,21 +60,22 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree |
         with ThreadPoolExecutor() as pool:
             running = {name: pool.submit(jobs[name]) for name in names}
             done |= {name: job.result() for name, job in running.items()}
-    give_back_freed_memory()
+    temporaries = largest_temporaries(parts, [program for name, program in done.items() if name != 'initial'])
+    drop_leftovers_of_compiling()
     return Programs(
         evaluate=done['evaluate'],
         gather=lambda variables: done[variables['params'].dtype](variables),
         update=done.get('update'),
         epoch_average=done.get('epoch_average'),
         initial=done.get('initial'),
-        temporaries=largest_temporaries(parts, [program for name, program in done.items() if name != 'initial']),
+        temporaries=temporaries,
     )
 
 
 def largest_temporaries(parts: Parts, programs: Iterable[jax.stages.Compiled]) -> int:
     """Returns the most bytes that one of these takes from malloc for its temporaries, in the thread that calls it.
 
-    None do on an accelerator, and for several devices other threads do.
+    None do on an accelerator, and for several devices other threads do. To ask takes tens of MiB, which are free again.
     """
     (first, *others) = parts.grid.local_devices
     if first.platform != 'cpu' or others:
@@ -82,11 +83,11 @@ def largest_temporaries(parts: Parts, programs: Iterable[jax.stages.Compiled]) -
     return max(program.memory_analysis().temp_size_in_bytes for program in programs)
 
 
-def compile_update(parts: Parts) -> Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Tree]]:
-    """Compiles the weight update."""
+def compile_update(parts: Parts) -> Callable[[TrainState, Tree, jax.Array], tuple[TrainState, jax.Array]]:
+    """Compiles the weight update, which returns the new state and metrics for `read_metrics`."""
     layout = parts.grid.layout
 
-    def update(state: TrainState, batch: Tree, stop: jax.Array) -> tuple[TrainState, Tree]:
+    def update(state: TrainState, batch: Tree, stop: jax.Array) -> tuple[TrainState, jax.Array]:
         # The seed of the state, not of the config: runs that differ in nothing else share a cached program.
         optimizer, key = parts.make_optimizer(state.seed), random_keys.purpose_key(state.seed, 'samples')
         return make_update(parts.model, optimizer, parts.packings, layout, parts.rule, key)(state, batch, stop)

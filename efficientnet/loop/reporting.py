@@ -3,7 +3,6 @@
 import csv
 import pathlib
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -147,9 +146,9 @@ class Report:
         self._file = self._path.open('a', newline='')
         self._csv = csv.DictWriter(self._file, COLUMNS)
 
-    def add(self, metrics: dict[str, Any]) -> None:
+    def add(self, metrics: dict[str, float]) -> None:
         """Takes in the metrics of one update."""
-        self._latest = {name: float(value) for name, value in metrics.items()}
+        self._latest = metrics
         self._sums += [self._latest[name] for name in ('loss', 'correct', 'count')]
         self._clock.steps += 1
 

@@ -21,6 +21,7 @@ from efficientnet.loop.workdir import claim, has_checkpoint, stored_config, writ
 from efficientnet.parallel import processes
 from efficientnet.parallel.layout import largest_replicas
 from efficientnet.parallel.train_state import TrainState, pack_state, unpack_state
+from efficientnet.parallel.update import read_metrics
 from efficientnet.weights.dataset_facts import check_classes, facts_of
 from efficientnet.weights.initial import fit_weights, read_weights
 
@@ -128,7 +129,7 @@ class Run:
         self._best = {'accuracy': -1.0, 'step': 0}
         self._clock = Clock({})
         self._report: Report | None = None
-        self._waiting: dict[str, jax.Array] | None = None
+        self._waiting: jax.Array | None = None
         self._others_leave = False  # some process was asked to, before the update whose metrics were read last
 
     def _open_checkpoints(self, owner: bool) -> None:
@@ -177,6 +178,7 @@ class Run:
             if self._must_leave():
                 self._leave()
             self._state, metrics = self._programs.update(self._state, batch, flags[self._interrupt.requested()])
+            del batch  # see Grid.prefetch
             self._read_waiting()
             self._waiting = metrics
             self.position += 1
@@ -310,7 +312,7 @@ class Run:
         """Waits for the metrics of the last update but one read late, and stops a run that makes no progress."""
         if self._waiting is None:
             return
-        metrics, self._waiting = jax.device_get(self._waiting), None
+        metrics, self._waiting = read_metrics(self._waiting), None
         self._others_leave = bool(metrics['stop'])
         if self._report:
             self._report.add(metrics)

@@ -30,7 +30,7 @@ from efficientnet.parallel.train_state import TrainState, UpdateRule
 
 Tree = Any
 Batch = dict[str, jax.Array]  # image [rows, H, W, 3] uint8, label [rows] int32, mask [rows] fp32
-METRICS = ('loss', 'correct', 'count')
+SUMS = ('loss', 'correct', 'count')  # over the images of an update
 
 
 def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> jax.Array:
@@ -369,7 +369,7 @@ def _no_sums(packings: Packings) -> Tree:
     return {
         'grads': zeros(packings.params.shape),
         'batch_stats': zeros(packings.batch_stats.shape),
-        'metrics': dict.fromkeys(METRICS, zeros(())),
+        'metrics': dict.fromkeys(SUMS, zeros(())),
     }
 
 

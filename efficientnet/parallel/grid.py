@@ -127,13 +127,13 @@ class Grid:
 
         thread = futures.ThreadPoolExecutor(1, 'prefetch')
         try:
-            ahead = collections.deque(thread.submit(take) for _ in range(depth))
-            while True:
-                ahead.append(thread.submit(take))
-                batch = ahead.popleft().result()
-                if batch is None:
-                    return
+            ahead = collections.deque(thread.submit(take) for _ in range(depth + 1))
+            while (batch := ahead.popleft().result()) is not None:
                 yield batch
+                # Freed before the thread goes on, if the caller has let go of it: freeing an array gives the
+                # interpreter's lock away, which the thread then keeps for as long as its Python takes.
+                del batch
+                ahead.append(thread.submit(take))
         finally:
             thread.shutdown(cancel_futures=True)  # once the batch in hand is taken
 

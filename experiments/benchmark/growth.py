@@ -5,11 +5,13 @@ that all four have in common, times the work: multiply-adds of the network, all 
 runs each time, and rounds go through all of them in turn, so that what else the machine does falls on all alike;
 medians count. Each of the four has a process of its own: programs take memory mappings, of which one has only so many.
 
-Beside the network there are the optimizer with its rounding and the host. The former, once an update however many
-micro-batches it has, is measured alone in 32.32 and in 16.16 and given as a share of the update of most micro-batches.
-For the latter the loop that training runs, which takes real batches from the input pipeline and reads metrics one
-update late, is compared with the same update called again and again on one batch. The loop makes many more updates a
-round than the pipeline has batches ahead, which are thrown away: they were made while others had their turns.
+Beside the network there are the optimizer and the host. All that is done once an update, however many micro-batches it
+has, optimizer, rounding, norms and the check whether all is finite, is measured alone in 32.32 and in 16.16 and given
+as a share of the update of most micro-batches. The host's part is the time between updates in the loop that training
+runs, which takes real batches from the input pipeline and reads metrics one update late. It is also compared with the
+same update called again and again on one batch: on a CPU the input pipeline takes its time from the cores that compute.
+The loop makes many more updates a round than the pipeline has batches ahead, which are thrown away: they were made
+while others had their turns.
 
 Updates have the convolutions that training would give them. Where oneDNN can be called it has those of images above
 32 pixels and no others, so that points of one axis can differ in it; table and picture tell which do. Its programs
@@ -95,13 +97,14 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
             methods |= found['methods']
             jobs |= dict.fromkeys(found['jobs'], workers[-1])
         progress(f'{args["rounds"]} rounds …')
-        rounds = [{job: worker.run(job)[0] for job, worker in jobs.items()} for _ in range(-1, args['rounds'])]
+        rounds = [{job: worker.run(job) for job, worker in jobs.items()} for _ in range(-1, args['rounds'])]
     finally:
         for worker in workers:
             worker.stop()
     updates = dict.fromkeys(jobs, args['steps']) | {'loop': LOOPED}
-    seconds = {job: statistics.median(each[job] for each in rounds[1:]) / updates[job] for job in jobs}
-    result = summary(args, axes, seconds, work, methods)
+    seconds = {job: statistics.median(each[job][0] for each in rounds[1:]) / updates[job] for job in jobs}
+    between = statistics.median(each['loop'][1] / each['loop'][0] for each in rounds[1:])
+    result = summary(args, axes, seconds, between, work, methods)
     if plot:
         draw(result, plot)
     return result
@@ -165,6 +168,7 @@ def summary(
     args: Mapping[str, Any],
     axes: Mapping[str, Sequence[Any]],
     seconds: Mapping[str, float],
+    between: float,
     work: Mapping[str, float],
     methods: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -174,6 +178,7 @@ def summary(
         args: The flags.
         axes: Values by flag.
         seconds: Of an update by job; of 'loop' with what the host does, of the others without.
+        between: Share of the training loop's time in which no update runs.
         work: Multiply-adds of an update, by job.
         methods: Formulation of its convolutions, likewise.
     """
@@ -200,7 +205,8 @@ def summary(
         'accumulation': many['seconds'] / many['value'] / (few['seconds'] / few['value']),
         'optimizer_seconds': {policy: seconds[_optimizer_name(policy)] for policy in POLICIES},
         'optimizer': {policy: seconds[_optimizer_name(policy)] / many['seconds'] for policy in POLICIES},
-        'host': 1 - common / seconds['loop'],
+        'host': between,
+        'loop': seconds['loop'] / common,
     }
 
 
@@ -221,7 +227,8 @@ def show(result: Mapping[str, Any]) -> str:
         what = f'optimizer and rounding in {policy} of an update of {max(counts)}'
         text = f'{1000 * result["optimizer_seconds"][policy]:.1f} ms, {share:.1%}'
         lines.append(_verdict(what, text, share, 'optimizer'))
-    lines.append(_verdict("the host's part of the training loop", f'{result["host"]:.1%}', result['host'], 'host'))
+    lines.append(_verdict('time between updates in the training loop', f'{result["host"]:.2%}', result['host'], 'host'))
+    lines.append(f'an update in the training loop ÷ one on a batch that is there: {result["loop"]:.3f}')
     return '\n'.join(lines)
 
 
@@ -232,6 +239,7 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
         ConfigError: The picture cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure, common = Figure(figsize=(9, 6), layout='constrained'), result['conv_method']
     for axes, (flag, rows) in zip(figure.subplots(2, 2).flat, result['axes'].items(), strict=True):
@@ -248,6 +256,7 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
             axes.set_xscale('log', base=2)
         axes.set_xticks(places, values)
         axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
         axes.yaxis.set_major_formatter('{x:,.0f}')
         axes.set(xlabel=flag.replace('_', ' '), ylabel='ms an update')
         axes.grid(alpha=0.3)
@@ -292,28 +301,34 @@ def _updates(parts: 'Parts', start: Any, steps: int) -> Callable[[], None]:
     return job
 
 
-def _loop(parts: 'Parts', start: Any) -> Callable[[], tuple[float]]:
-    """`LOOPED` weight updates as the training loop makes them; the job answers in seconds."""
+def _loop(parts: 'Parts', start: Any) -> Callable[[], tuple[float, float]]:
+    """`LOOPED` weight updates as the training loop makes them; the job answers in seconds, all and between updates."""
     import jax
 
     from efficientnet.loop.programs import compile_update
+    from efficientnet.parallel.update import read_metrics
 
     grid, update = parts.grid, compile_update(parts)
     state, flag = grid.place(start), grid.flag(False)
     batches = grid.prefetch(parts.train_batches(0), parts.config.input.prefetch)
 
-    def job() -> tuple[float]:
+    def job() -> tuple[float, float]:
         nonlocal state
         take(batches, AHEAD)
         # The first has to wait for a batch, however fast they come, now that none is ready.
         state, waiting = jax.block_until_ready(update(state, next(batches), flag))
-        began = time.perf_counter()
+        updating, began = 0.0, time.perf_counter()
         for _ in range(LOOPED):
-            state, metrics = update(state, next(batches), flag)
-            jax.device_get(waiting)
+            batch = next(batches)
+            called = time.perf_counter()
+            state, metrics = update(state, batch, flag)  # returns when it is done, see keep_freed_memory
+            updating += time.perf_counter() - called
+            del batch
+            read_metrics(waiting)
             waiting = metrics
         jax.block_until_ready((state, waiting))
-        return (time.perf_counter() - began,)
+        seconds = time.perf_counter() - began
+        return seconds, seconds - updating
 
     return job
 

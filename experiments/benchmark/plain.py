@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from efficientnet.loop.assemble import Parts
 from efficientnet.numerics import augment, random_keys
 from efficientnet.numerics.stochastic_rounding import apply_updates
-from efficientnet.parallel.accumulation import Micro, Stage
+from efficientnet.parallel.accumulation import SUMS, Micro, Stage
 from efficientnet.parallel.grid import compiler_options
 from efficientnet.parallel.stages import stage_blocks
+from efficientnet.parallel.update import make_apply
 
 Tree = Any
 Piece = Callable[[], None]
@@ -48,7 +49,8 @@ def make_step(parts: Parts, batch: dict[str, jax.Array]) -> Piece:
         updates, state = optimizer.update(grads, state, params)
         return apply_updates(params, updates), state, number + 1, found.mean() / scale
 
-    *carry, _ = _one_device(parts)
+    start = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), parts.init_state())
+    carry = [start.params, start.optimizer, jnp.zeros((), jnp.int32)]
     step = _jit(step, donate_argnums=(0, 1, 2))
 
     def piece() -> None:
@@ -90,17 +92,19 @@ def make_stages(parts: Parts, variables: Tree, batch: dict[str, jax.Array]) -> d
 
 
 def make_weight_update(parts: Parts) -> Piece:
-    """Returns the optimizer, rounding included, on all weights of a run in one stage."""
-    *carry, grads = _one_device(parts)
-
-    def step(params: jax.Array, state: Tree, number: jax.Array, grads: jax.Array) -> tuple:
-        updates, state = parts.optimizer.update(grads, state, params)
-        return apply_updates(params, updates), state, number + 1
-
-    step = _jit(step, donate_argnums=(0, 1, 2))
+    """Returns what an update of a run in one stage does after its micro-batches: optimizer, rounding, averages."""
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), parts.init_state())
+    sums = {
+        'grads': jnp.full(state.params.shape, 1e-3, jnp.float32),
+        'batch_stats': jnp.zeros(state.batch_stats.shape),
+        'metrics': dict.fromkeys(SUMS, jnp.ones(())),
+        'stop': jnp.zeros(()),
+    }
+    step = _jit(make_apply(parts.optimizer, parts.packings, parts.grid.layout, parts.rule), donate_argnums=0)
 
     def piece() -> None:
-        carry[:] = jax.block_until_ready(step(*carry, grads))
+        nonlocal state
+        state, _ = jax.block_until_ready(step(state, sums))
 
     return piece
 
@@ -156,9 +160,3 @@ def _call(function: Callable, *given: Any) -> Piece:
         jax.block_until_ready(function(*given))
 
     return piece
-
-
-def _one_device(parts: Parts) -> tuple[jax.Array, Tree, jax.Array, jax.Array]:
-    """Weights and optimizer state at the start, the update's number and small gradients."""
-    start = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), parts.init_state())
-    return start.params, start.optimizer, jnp.zeros((), jnp.int32), jnp.full(start.params.shape, 1e-3, jnp.float32)

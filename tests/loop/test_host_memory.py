@@ -43,7 +43,7 @@ print(faults() - before, program.lower(x).compile().memory_analysis().temp_size_
 """
 THREADS = """
 import ctypes, threading
-from efficientnet.loop.host_memory import give_back_freed_memory, keep_freed_memory
+from efficientnet.loop.host_memory import drop_leftovers_of_compiling, keep_freed_memory
 keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -60,7 +60,7 @@ thread = threading.Thread(target=fill)
 thread.start()
 thread.join()
 kept = resident()
-give_back_freed_memory()
+drop_leftovers_of_compiling()
 print(kept - before, kept - resident())
 """
 ROOM = """
