@@ -2,7 +2,7 @@
 
 python main.py --config=configs/digits.py --workdir=runs/digits
 
-Two cores of an Intel Xeon: 37 s with cached programs; 98.2 ± 0.7 % of the 360 test images over seeds 0, 1, 2.
+Two cores of an AMD EPYC: 21 to 23 s with cached programs; 98.2 ± 0.4 % of the 360 test images over seeds 0, 1, 2.
 """
 
 import ml_collections

@@ -37,7 +37,7 @@ def format_table(stages: Sequence[StageCost], *, timed: bool = False) -> str:
             str(len(stage.blocks)),
             _count(stage.parameters),
             _count(stage.macs),
-            f'{1000 * stage.work:,.2f} ms' if timed else _count(stage.work, 'MAC'),
+            f'{1000 * stage.work:,.2f} ms' if timed else _count(stage.work),
             *map(_bytes, (stage.weights, stage.stash, stage.activations, stage.total, stage.sent)),
             f'{stage.work / most:.0%}',
         )
@@ -54,8 +54,8 @@ def format_table(stages: Sequence[StageCost], *, timed: bool = False) -> str:
     return '\n'.join(lines)
 
 
-def _count(value: float, noun: str = '') -> str:
-    return _scaled(value, 1000, [f' {prefix}{noun}'.rstrip() for prefix in ('', 'k', 'M', 'G', 'T', 'P')])
+def _count(value: float) -> str:
+    return _scaled(value, 1000, ('', ' k', ' M', ' G', ' T', ' P'))
 
 
 def _bytes(value: float) -> str:

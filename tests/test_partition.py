@@ -22,7 +22,7 @@ def test_the_table_is_aligned_and_has_units():
     assert lines[2].split()[:5] == ['1', 'block1a', '…', 'block7b', '32']
     assert '6.02 G' in lines[2]
     assert '9.92 MiB' in lines[1]  # 190 × 190 × 48 numbers of 3 images, sent on
-    assert [line.split()[-1] for line in lines[1:-1]] == ['1%', '100%', '1%']
+    assert [line.split()[-1] for line in lines[1:-1]] == ['2%', '100%', '1%']
     assert lines[-1].startswith('mean load 34%;')
     timed = format_table(stage_table(B4[:2], ('block1a',), seconds={'stem': 0.0015, 'block1a': 0.002}), timed=True)
     assert '6.00 ms' in timed.splitlines()[1]
@@ -38,7 +38,7 @@ def b4_config(**fields):
 def test_the_report_of_a_b4_has_the_published_split_beside():
     text = report(b4_config(stages=2))
     assert text.startswith('b4, group size 16, norm group, 380 pixels, 1,000 classes; micro-batch 3, 16.16, lars')
-    assert "splits='block4c' (balanced)" in text
+    assert "splits='block3b' (balanced)" in text
     assert "splits='block4a' (published" in text
     once = report(b4_config(splits="('block4a',)"))
     assert "splits='block4a' (as given)" in once

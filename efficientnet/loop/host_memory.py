@@ -16,6 +16,9 @@ ALIGNMENT, SLACK = 64, 2**16  # bytes; of what XLA asks for, and more than it as
 FILLER, MOST_FILLERS = 2**20, 1000  # bytes; smaller ones would fill gaps in pages that were given back
 
 
+_kept = False  # whether freed memory is kept, which only commands ask for
+
+
 def computes_on_cpu() -> bool:
     """Tells whether JAX will find nothing but the CPU, without starting it: told so, or no plugin is installed."""
     asked = os.environ.get('JAX_PLATFORMS', '')
@@ -33,8 +36,10 @@ def keep_freed_memory() -> None:
     runs a program on the thread that calls it, which asks for the temporaries. A program for several devices has
     threads of its own all the same, and fetches large temporaries from the kernel.
     """
+    global _kept
     if platform.libc_ver()[0] != 'glibc':
         return
+    _kept = True
     libc = ctypes.CDLL(None)
     for option in (MMAP_THRESHOLD, TRIM_THRESHOLD):
         libc.mallopt(option, LARGE)
@@ -43,11 +48,16 @@ def keep_freed_memory() -> None:
     jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
-def drop_leftovers_of_compiling() -> None:
-    """Forgets what JAX has traced and returns what is free to the kernel, of which compiling leaves gigabytes."""
-    import jax
+def give_back_freed_memory() -> None:
+    """Returns what is free to the kernel; for after compiling, whose threads leave gigabytes in arenas of their own.
 
-    jax.clear_caches()
+    Where freed memory is kept, JAX forgets what it has traced as well, tens of MiB. Only there, since functions under
+    `jax.jit` are traced anew when they are called next, and others than a command may have some.
+    """
+    if _kept:
+        import jax
+
+        jax.clear_caches()
     if platform.libc_ver()[0] == 'glibc':
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 

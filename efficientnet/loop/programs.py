@@ -11,7 +11,7 @@ import numpy as np
 import input_pipeline
 from efficientnet.loop.assemble import Parts
 from efficientnet.loop.evaluation import make_evaluate, make_gather
-from efficientnet.loop.host_memory import drop_leftovers_of_compiling
+from efficientnet.loop.host_memory import give_back_freed_memory
 from efficientnet.numerics import random_keys
 from efficientnet.parallel.train_state import TrainState
 from efficientnet.parallel.update import make_epoch_average, make_update
@@ -61,7 +61,7 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree |
             running = {name: pool.submit(jobs[name]) for name in names}
             done |= {name: job.result() for name, job in running.items()}
     temporaries = largest_temporaries(parts, [program for name, program in done.items() if name != 'initial'])
-    drop_leftovers_of_compiling()
+    give_back_freed_memory()
     return Programs(
         evaluate=done['evaluate'],
         gather=lambda variables: done[variables['params'].dtype](variables),
@@ -75,7 +75,8 @@ def compile_programs(parts: Parts, *, update: bool, initial: bool, start: Tree |
 def largest_temporaries(parts: Parts, programs: Iterable[jax.stages.Compiled]) -> int:
     """Returns the most bytes that one of these takes from malloc for its temporaries, in the thread that calls it.
 
-    None do on an accelerator, and for several devices other threads do. To ask takes tens of MiB, which are free again.
+    None do on an accelerator, and for several devices other threads do. Asking takes tens of MiB for a moment, so ask
+    before `give_back_freed_memory`.
     """
     (first, *others) = parts.grid.local_devices
     if first.platform != 'cpu' or others:

@@ -88,9 +88,9 @@ def all_finite(tree: Any) -> jax.Array:
     number for itself. Of packed arrays it is the sum of the sums of their rows, half the time again.
     """
 
-    def nothing(x: jax.Array) -> jax.Array:
+    def times_zero(x: jax.Array) -> jax.Array:
         zeros = 0.0 * x.astype(jnp.float32)
         return jnp.sum(row_sums(zeros) if zeros.shape[1:] == (ROW,) else zeros)
 
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return sum((nothing(x) for x in leaves), jnp.zeros(())) == 0
+    return sum((times_zero(x) for x in leaves), jnp.zeros(())) == 0

@@ -39,7 +39,7 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, bits: jax.Array)
 
     - bf16: f has 16 bits, so the mean over all 65,536 values of `bits` is exactly x, subnormals included.
     - fp16: f has 13 bits for normals and more below 2^-14. Down to 2^-17 the mean is exactly x; from there on f is cut
-      off to 16 bits: a bias towards zero of less than 2^-16 of a step, which is 2^-24 there.
+      off to 16 bits: a bias towards zero of less than 2^-16 of a step (there a step is 2^-24).
     - Overflow: infinity counts as the neighbour after the largest finite number (65504 in fp16), at its
       usual distance; from there on the result is infinity, never the largest number, so that a finite check
       sees it. (The reference's hardware gives NaN, which the same check sees.)
@@ -63,9 +63,9 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, bits: jax.Array)
     if dtype == BF16:
         steps = magnitude
     elif dtype == FP16:
-        # As far as spacing is that of fp32 numbers, patterns differ by the exponents' bias and 13 bits of the fraction.
+        # Where fp16 has normal numbers, patterns differ by the exponents' bias and 13 bits of the fraction.
         normal = jnp.minimum(magnitude - ((127 - 15) << 23), 0x7C00 << 13) << 3
-        # Below, all have one spacing, and the leading bit, which fp32 leaves out, counts.
+        # Below, fp16's spacing is constant, and the leading bit, which fp32 leaves out, counts.
         places = (127 - 14) - (magnitude >> 23)
         subnormal = (((magnitude & 0x7FFFFF) | 0x800000) << 3) >> jnp.minimum(places, 31)
         steps = jnp.where(magnitude >= (127 - 14) << 23, normal, subnormal)
@@ -93,7 +93,7 @@ def row_bits(key: jax.Array, name: str, packing: StagedPacking) -> jax.Array:
     names = packing.own(packing.per_array(_checksum, np.uint32))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, _checksum(name)), names)
     keys = jax.vmap(jax.random.fold_in)(keys[packing.own(packing.owners)], packing.own(packing.indices))
-    # In memory, since what reads one half of a word would otherwise compute it, and what reads the other once more.
+    # Written to memory: each half would otherwise be computed from a word of its own.
     words = jax.lax.optimization_barrier(random_words(keys, ROW // 2))
     return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1, ROW)
 
@@ -208,12 +208,11 @@ def _round_rows(
     rows: jax.Array, dtype: jax.typing.DTypeLike, rounding: str, key: jax.Array, name: str, packing: StagedPacking
 ) -> jax.Array:
     """Rounds a packed fp32 array, with the random bits of (key, name). Zeros, as in the padding, stay zero."""
-    rounded = rows.astype(dtype)
-    if rounding == 'stochastic':
-        rounded = stochastic_round(rows, dtype, row_bits(key, name, packing))
-    # In memory, for all that reads them: what becomes the new array, its norm, the check whether it is finite. Each
-    # would round for itself otherwise, the norm in a loop that cannot be vectorised (16.16, 4.7 million weights, two
-    # cores of an AMD EPYC: 11 ms an update more).
+    stochastic = rounding == 'stochastic'
+    rounded = stochastic_round(rows, dtype, row_bits(key, name, packing)) if stochastic else rows.astype(dtype)
+    # Written to memory for all that reads them: the new array, its norm, the check whether it is finite. Each would
+    # round for itself otherwise, the norm in a loop that cannot be vectorised (16.16, 4.7 million weights, two cores of
+    # an AMD EPYC: 9 ms an update more).
     return jax.lax.optimization_barrier(rounded)
 
 

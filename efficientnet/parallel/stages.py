@@ -1,8 +1,10 @@
 """Where a network is cut into pipeline stages, and what each stage then does and holds.
 
 A split names the first block of a stage; the first stage begins with the stem. The best splits make the slowest
-stage as fast as they can, since in a full pipeline every stage waits for it. A stage's work on a micro-batch is its
-forward pass once forward, twice backward, and again as often as the backward needs it recomputed, in forward passes:
+stage as fast as they can, since in a full pipeline every stage waits for it. A block's forward pass counts its
+multiply-adds and `MOVED` for each number kept for the backward, as moving numbers takes time as well. A stage's work on
+a micro-batch is its forward pass once forward, twice backward, and again as often as the backward needs it recomputed,
+in forward passes:
 
 | recompute | stages before the last | last stage |
 | --------- | ---------------------- | ---------- |
@@ -39,6 +41,10 @@ from efficientnet.parallel.pipeline import SCHEDULES
 if TYPE_CHECKING:
     from efficientnet.numerics.precision import Policy  # imports JAX, which nothing here needs
 
+# Multiply-adds in whose time a kept number is written and read. It fits what two stages of B0 G16 were measured to take
+# (128 pixels, two cores of an AMD EPYC), first ÷ second: cut at block4a 1.80, block3b 1.43, block3a 1.06, by this 1.98,
+# 1.49, 1.09. Accelerators, whose memory is slower beside their arithmetic, should want more, the reference's less.
+MOVED = 100
 PASSES = {'none': (3, 3), 'block': (5, 4), 'stage': (4, 3)}  # stages before the last, last stage; see above
 BUFFERS = {'lars': 1, 'sgd': 1, 'rmsprop': 2}  # numbers of optimizer state a parameter
 PUBLISHED = {'b4': ('block4a',)}  # the reference's splits for its own run, group size 16
@@ -109,7 +115,8 @@ class StageCost:
         blocks: Names in order.
         parameters: Trained numbers.
         macs: Multiply-adds of one image's forward pass.
-        work: On one micro-batch, there and back: multiply-adds, or seconds where blocks were timed.
+        work: On one micro-batch, there and back: multiply-adds and `MOVED` for each number kept, or seconds where
+            blocks were timed.
         weights: Bytes held for the parameters.
         stash: Bytes held for micro-batches between their forward and their backward.
         activations: Bytes that the backward in progress needs.
@@ -236,8 +243,7 @@ def stage_table(
         schedule: A key of `pipeline.SCHEDULES`.
         micro_batch: Images.
         storage: Bytes of numbers.
-        seconds: Measured time of each block's forward pass on a micro-batch; counted in place of multiply-adds,
-            which tell little of how long a device takes where its memory is the limit.
+        seconds: Measured time of each block's forward pass on a micro-batch, in place of multiply-adds and `MOVED`.
 
     Raises:
         ConfigError: An option is unknown or out of range, or a block has no time.
@@ -304,7 +310,7 @@ class _Load(NamedTuple):
 
     parameters: int
     macs: int
-    forward: float  # multiply-adds of a micro-batch, or seconds
+    forward: float  # work of a micro-batch's forward pass
     inputs: int
     kept: int
     beyond: int  # the most that a block keeps besides its input
@@ -366,7 +372,9 @@ class _Pipeline:
         for block in self.costs[start:]:
             taken = self._input(block)
             kept = self.micro_batch * block.kept_bytes(self.storage.compute)
-            forward = block.macs * self.micro_batch if self.seconds is None else self.seconds[block.name]
+            forward = self.micro_batch * (block.macs + MOVED * (block.kept + block.kept_fp32))
+            if self.seconds is not None:
+                forward = self.seconds[block.name]
             load = _Load(
                 load.parameters + block.parameters,
                 load.macs + block.macs,

@@ -221,10 +221,10 @@ def show(result: Mapping[str, Any]) -> str:
             table_rows.append((f'{flag} {row["value"]}', *numbers, ratio, row['conv_method']))
     lines += [table(table_rows), '']
     counts = [row['value'] for row in result['axes']['accumulation']]
-    what = f'a micro-batch of {max(counts)} in an update ÷ one of {min(counts)}'
+    what = f'time a micro-batch, {max(counts)} in an update ÷ {min(counts)}'
     lines.append(_verdict(what, f'{result["accumulation"]:.3f}', result['accumulation'], 'accumulation'))
     for policy, share in result['optimizer'].items():
-        what = f'optimizer and rounding in {policy} of an update of {max(counts)}'
+        what = f'once an update in {policy}, of one with {max(counts)} micro-batches'
         text = f'{1000 * result["optimizer_seconds"][policy]:.1f} ms, {share:.1%}'
         lines.append(_verdict(what, text, share, 'optimizer'))
     lines.append(_verdict('time between updates in the training loop', f'{result["host"]:.2%}', result['host'], 'host'))
@@ -245,7 +245,7 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
     for axes, (flag, rows) in zip(figure.subplots(2, 2).flat, result['axes'].items(), strict=True):
         values = [row['value'] for row in rows]
         places = range(len(values)) if flag == 'model' else values
-        axes.plot(places, [1000 * row['ideal'] for row in rows], '--', color='tab:gray', label='ideal')
+        axes.plot(places, [1000 * row['ideal'] for row in rows], '.--', color='tab:gray', label='ideal')
         axes.plot(places, [1000 * row['seconds'] for row in rows], 'o-', color='tab:blue', label='measured')
         others = [(place, row) for place, row in zip(places, rows, strict=True) if row['conv_method'] != common]
         if others:
@@ -257,7 +257,7 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.set_xticks(places, values)
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
-        axes.yaxis.set_major_formatter('{x:,.0f}')
+        axes.yaxis.set_major_formatter(lambda value, _: f'{value:,.0f}' if value >= 10 else f'{value:.3g}')
         axes.set(xlabel=flag.replace('_', ' '), ylabel='ms an update')
         axes.grid(alpha=0.3)
         axes.legend()
@@ -321,7 +321,7 @@ def _loop(parts: 'Parts', start: Any) -> Callable[[], tuple[float, float]]:
         for _ in range(LOOPED):
             batch = next(batches)
             called = time.perf_counter()
-            state, metrics = update(state, batch, flag)  # returns when it is done, see keep_freed_memory
+            state, metrics = jax.block_until_ready(update(state, batch, flag))
             updating += time.perf_counter() - called
             del batch
             read_metrics(waiting)

@@ -9,13 +9,14 @@ all work, as they do in the pipeline; so as many processes as stages do each par
 longer the update in one stage takes that way than alone.
 
 The ideal time is a walk along the timetable (efficientnet/parallel/pipeline.py) in which every tick takes as long as
-the slowest of its stages does by itself, and the optimizer's time for the largest stage. Its parts add up:
+the slowest of its stages does by itself, and the time of what is done once an update for the largest stage. Its parts
+add up:
 
 - the network there and back, shared out evenly over the stages;
 - forward again: what stages before the last recompute, likewise;
 - imbalance: how much longer the slowest stage takes than the mean;
 - bubble: ticks in which the slowest stage rests, filling and draining;
-- optimizer.
+- optimizer: it, rounding, norms and the check whether all is finite, once an update.
 
 It needs as many idle cores as stages: beside other work the pipeline, which needs all of them at once, looks worse
 than it is. The last lines say what share of a core the one-device process got, and compare one stage with the plain

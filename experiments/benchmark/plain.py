@@ -92,7 +92,7 @@ def make_stages(parts: Parts, variables: Tree, batch: dict[str, jax.Array]) -> d
 
 
 def make_weight_update(parts: Parts) -> Piece:
-    """Returns what an update of a run in one stage does after its micro-batches: optimizer, rounding, averages."""
+    """Returns what an update of a run in one stage does once, after its micro-batches (see `make_apply`)."""
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), parts.init_state())
     sums = {
         'grads': jnp.full(state.params.shape, 1e-3, jnp.float32),

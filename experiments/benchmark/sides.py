@@ -126,7 +126,7 @@ def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, 
     import jax
 
     from efficientnet.loop.assemble import assemble
-    from efficientnet.loop.host_memory import drop_leftovers_of_compiling, make_room
+    from efficientnet.loop.host_memory import give_back_freed_memory, make_room
     from efficientnet.loop.programs import compile_evaluate, compile_gather, compile_update, largest_temporaries
     from input_pipeline.sources import ArraySource
 
@@ -171,7 +171,7 @@ def build_ours(args: Mapping[str, Any], method: str, cache: str) -> tuple[Jobs, 
         jobs |= {'reset': lambda: None, 'peak': lambda: device.memory_stats()['peak_bytes_in_use']}
     jax.config.update('jax_persistent_cache_min_compile_time_secs', math.inf)  # what layers compile finds no folder
     temporaries = largest_temporaries(parts, [program])
-    drop_leftovers_of_compiling()
+    give_back_freed_memory()
     make_room(temporaries)
     costs = block_costs(parts.model.spec, args['image_size'], norm=args['norm'])
     return jobs, {

@@ -100,16 +100,16 @@ PUBLISHED = (
 )
 PUBLISHED_HOURS = (('ipu_pod256', 1.8, MLPERF_POST),)
 NVIDIA_PUBLISHED = ((1, 470), (32, 12_908), (64, 25_455))  # GPUs, images/s
-# README, `python -m experiments.benchmark memory`: stages, recomputation, MiB of temporaries that XLA plans a device.
+# `python -m experiments.benchmark memory`: splits, recomputation, MiB of temporaries that XLA plans a device.
 PLANNED = (
-    (1, 'none', 996),
-    (2, 'none', 2069),
-    (4, 'none', 3114),
-    (1, 'block', 372),
-    (2, 'block', 386),
-    (4, 'block', 368),
-    (2, 'stage', 723),
-    (4, 'stage', 586),
+    ('', 'none', 996),
+    ('block3d', 'none', 1642),
+    ('block2c,block3d,block5e', 'none', 2249),
+    ('', 'block', 372),
+    ('block3b', 'block', 318),
+    ('block2b,block3c,block5c', 'block', 332),
+    ('block3b', 'stage', 569),
+    ('block2b,block3c,block5c', 'stage', 421),
 )
 
 
@@ -156,9 +156,16 @@ def claims() -> list[Claim]:
 def memory_rows() -> list[Row]:
     """Returns what XLA plans for this trainer by stages and recomputation."""
     rows = []
-    for stages, recompute, found in PLANNED:
+    for splits, recompute, found in PLANNED:
+        stages = len(parse_splits(splits)) + 1
         workload = Workload(
-            stages=stages, recompute=recompute, policy='32.32', global_batch=24, replicas=1, micro_batch=3
+            stages=stages,
+            splits=splits,
+            recompute=recompute,
+            policy='32.32',
+            global_batch=24,
+            replicas=1,
+            micro_batch=3,
         )
         memory = make_plan(SYSTEMS['dgx_a100_8'], workload, 1.0).memory
         predicted = sum(memory[part] for part in ('gradients', 'stash', 'activations')) / MIB

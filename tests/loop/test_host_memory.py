@@ -43,7 +43,7 @@ print(faults() - before, program.lower(x).compile().memory_analysis().temp_size_
 """
 THREADS = """
 import ctypes, threading
-from efficientnet.loop.host_memory import drop_leftovers_of_compiling, keep_freed_memory
+from efficientnet.loop.host_memory import give_back_freed_memory, keep_freed_memory
 keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -60,8 +60,21 @@ thread = threading.Thread(target=fill)
 thread.start()
 thread.join()
 kept = resident()
-drop_leftovers_of_compiling()
+give_back_freed_memory()
 print(kept - before, kept - resident())
+"""
+TRACES = """
+import sys
+from efficientnet.loop.host_memory import give_back_freed_memory, keep_freed_memory
+if sys.argv[1] == 'keep':
+    keep_freed_memory()
+import jax
+traced = []
+function = jax.jit(lambda x: traced.append(x) or x + 1)
+assert function(1.0) == 2
+give_back_freed_memory()
+assert function(1.0) == 2
+print(len(traced))
 """
 ROOM = """
 import ctypes
@@ -108,6 +121,15 @@ def test_what_threads_left_is_given_back():
     kept, given_back = map(int, done.stdout.split())
     assert kept > 25_000  # KiB of 29,297
     assert given_back > 25_000
+
+
+@on_glibc
+def test_traces_are_forgotten_by_a_command_and_by_nobody_else():
+    found = {}
+    for how in ('keep', 'plain'):
+        done = subprocess.run([sys.executable, '-c', TRACES, how], capture_output=True, text=True, check=True)
+        found[how] = int(done.stdout)
+    assert found == {'keep': 2, 'plain': 1}
 
 
 @on_glibc

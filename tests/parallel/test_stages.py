@@ -15,6 +15,7 @@ from efficientnet.parallel.packing import make_packing
 from efficientnet.parallel.pipeline import NONE, SCHEDULES, timetable
 from efficientnet.parallel.stages import (
     BUFFERS,
+    MOVED,
     PASSES,
     Storage,
     balance,
@@ -97,6 +98,10 @@ def test_recomputation_is_counted_where_it_happens():
     assert work == {'none': [60, 120, 60], 'stage': [80, 160, 60], 'block': [100, 200, 80]}
     assert [row.work for row in stage_table(costs, (), 'stage')] == [120]
     assert [row.work for row in stage_table(costs, (), 'block')] == [160]
+    # What a block keeps takes time too.
+    kept = [block('a', macs=10, kept=3), block('b', macs=10, kept_fp32=1)]
+    assert [row.work for row in stage_table(kept, ('b',), 'none')] == [30 + 9 * MOVED, 30 + 3 * MOVED]
+    assert balance([*kept, block('c', macs=10 + 2 * MOVED)], 2, 'none') == ('b',)
     # Seconds are of a whole micro-batch.
     timed = stage_table(costs, ('b',), micro_batch=2, seconds={'a': 1.0, 'b': 2.0, 'c': 3.0, 'd': 4.0})
     assert [row.work for row in timed] == [4.0, 27.0]
@@ -159,15 +164,18 @@ def test_storage_is_what_is_stored(policy, optimizer):
 
 
 def test_b4_in_two_stages():
-    """The reference's split is nearly balanced, because the first stage goes forward twice."""
+    """The reference's split is nearly balanced in multiply-adds, because the first stage goes forward twice."""
     names = [cost.name for cost in B4]
-    assert balance(B4, 2, 'none') == ('block5b',)
-    assert balance(B4, 2, 'stage') == ('block4c',)
+    assert balance(B4, 2, 'none') == ('block3d',)
+    assert balance(B4, 2, 'stage') == ('block3b',)
     first, second = stage_table(B4, ('block4a',), micro_batch=3)
     assert (first.blocks, second.blocks) == (tuple(names[:11]), tuple(names[11:]))
     assert (first.sent, second.sent) == (774144, 0)
     assert (first.parameters, second.parameters) == (557930, 18770238)
-    assert first.work / second.work == pytest.approx(4 * 2467 / (3 * 3717), rel=1e-3)
+    assert 4 * first.macs / (3 * second.macs) == pytest.approx(4 * 2467 / (3 * 3717), rel=1e-3)
+    moved = [sum(cost.kept + cost.kept_fp32 for cost in costs) for costs in (B4[:11], B4[11:])]
+    assert first.work == 4 * 3 * (first.macs + MOVED * moved[0])
+    assert second.work == 3 * 3 * (second.macs + MOVED * moved[1])
     assert first.stash == second.stash == 0
 
 

@@ -34,8 +34,8 @@ def test_growth_summary_text_and_picture(tmp_path):
     assert found['loop'] == 1.25
     text = growth.show(json.loads(json.dumps(found)))
     assert ['micro_batch', '4', '600.0', '500.0', '1.20', 'auto'] in [line.split() for line in text.splitlines()]
-    assert 'a micro-batch of 4 in an update ÷ one of 1: 1.100 (target 1.03, missed)' in text
-    assert 'optimizer and rounding in 32.32 of an update of 4: 44.0 ms, 1.0% (target 3%, met)' in text
+    assert 'time a micro-batch, 4 in an update ÷ 1: 1.100 (target 1.03, missed)' in text
+    assert 'once an update in 32.32, of one with 4 micro-batches: 44.0 ms, 1.0% (target 3%, met)' in text
     assert 'time between updates in the training loop: 2.00% (target 1%, missed)' in text
     assert 'an update in the training loop ÷ one on a batch that is there: 1.250' in text
     growth.draw(found, tmp_path / 'growth.png')
