@@ -15,7 +15,6 @@ LARGE = 2**31 - 1
 ALIGNMENT, SLACK = 64, 2**16  # bytes; of what XLA asks for, and more than it asks for
 FILLER, MOST_FILLERS = 2**20, 1000  # bytes; smaller ones would fill gaps in pages that were given back
 
-
 _kept = False  # whether freed memory is kept, which only commands ask for
 
 

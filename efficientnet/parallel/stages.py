@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # Multiply-adds in whose time a kept number is written and read. It fits what two stages of B0 G16 were measured to take
 # (128 pixels, two cores of an AMD EPYC), first ÷ second: cut at block4a 1.80, block3b 1.43, block3a 1.06, by this 1.98,
-# 1.49, 1.09. Accelerators, whose memory is slower beside their arithmetic, should want more, the reference's less.
+# 1.49, 1.09. Accelerators, whose memory is slower beside their arithmetic, should want more; none was measured.
 MOVED = 100
 PASSES = {'none': (3, 3), 'block': (5, 4), 'stage': (4, 3)}  # stages before the last, last stage; see above
 BUFFERS = {'lars': 1, 'sgd': 1, 'rmsprop': 2}  # numbers of optimizer state a parameter

@@ -97,6 +97,12 @@ def test_replicas_stay_bit_identical_in_16_bits():
         assert (rows == rows[:1]).all()
 
 
+def test_weights_and_momentum_are_rounded_once():
+    """Also their norm and the check whether all is finite read rounded numbers, and would round for themselves."""
+    text = compile_update(tiny_parts(blocks=1, precision__policy='16.16')).as_text()
+    assert len(re.findall(r'= f16\S* bitcast-convert\(', text)) == 2
+
+
 @pytest.mark.parametrize('policy', ['bf16.32', '16.32', '16.16', 'bf16.16'])
 def test_policies_train_and_store_what_they_say(policy):
     parts = tiny_parts(blocks=1, precision__policy=policy, averaging__update_decay=0.9)
